@@ -130,10 +130,10 @@ class Discriminator(nn.Sequential):
 
 @torch.no_grad()
 def sample(generator, z):
-    """Returns pictures N x 1 x 28 x 28 in [-1, 1] on the CPU for latent vectors N x latent_dim.
+    """Returns G's pictures, N x 1 x 28 x 28 on the CPU, for latent vectors N x latent_dim.
 
-    In evaluation mode, where BatchNorm takes its running statistics and a picture depends on its
-    own z alone, not on the others in its batch. Puts the generator's mode back.
+    In evaluation mode, where BatchNorm uses its running statistics, so that a picture depends on
+    its own z alone and not on its batch. Puts the mode back.
     """
     mode, device = generator.training, next(generator.parameters()).device
     generator.eval()
@@ -148,7 +148,7 @@ def train(args, device, data, checkpoint):
     Raises FloatingPointError at a loss that is not finite, OSError where a file cannot be written.
     """
     if len(data) < args.batch_size:
-        sys.exit(f"{len(data)} pictures are less than one batch: lower --batch-size {args.batch_size}.")
+        sys.exit(f"{len(data)} pictures do not fill a batch of {args.batch_size}: lower --batch-size.")
     torch.manual_seed(args.seed)
     watched = torch.randn(1000, args.latent_dim)  # the same z for the pictures of every epoch
     generator = Generator(args.model, args.latent_dim).apply(init_weights).to(device)
@@ -222,8 +222,8 @@ def train(args, device, data, checkpoint):
                     raise FloatingPointError("A loss is not finite: try a smaller --lr.")
                 if sys.stdout.isatty():
                     speed, left = step / (shown - began), (args.epochs - epoch + 1) * steps - step
-                    print(f"\repoch {epoch}/{args.epochs}  step {step}/{steps}  {left / speed:.0f} s "
-                          f"left  {speed * args.batch_size:,.0f} pictures/s  ", end="", flush=True)
+                    print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  {left / speed:.0f} s "
+                          f"left  {speed * args.batch_size:,.0f} pictures/s   ", end="\r", flush=True)
 
         pictures, seconds = sample(ema.module, watched), time.perf_counter() - began
         began += seconds
@@ -238,11 +238,12 @@ def save_run(args, parts, history):
     """Writes history.csv, losses.png, progress.gif and models/; prints the last epoch's line."""
     out = Path(args.out_dir)
     if history:
-        print("{11}epoch {0}/{9}  loss D {1:.3f} G {2:.3f}  right on real {3:.2f} fake {4:.2f}  "
-              "fooled {5:.2f}  diversity {6:.2f}{10}  {7:.1f} s  {8:,.0f} pictures/s".format(
-                  *history[-1], args.epochs, " COLLAPSE" * (history[-1][6] < 0.5),
-                  "\r" * sys.stdout.isatty()), flush=True)
-        columns = "epoch loss_d loss_g acc_real acc_fake fooled diversity seconds images_per_s".split()
+        epoch, loss_d, loss_g, real, fake, fooled, diversity, seconds, speed = history[-1]
+        print(f"epoch {epoch}/{args.epochs}  loss D {loss_d:.3f} G {loss_g:.3f}  right on real "
+              f"{real:.2f} fake {fake:.2f}  fooled {fooled:.2f}  diversity {diversity:.2f}"
+              f"{' LOW' * (diversity < 0.5)}  {seconds:.1f} s  {speed:,.0f} pictures/s", flush=True)
+        columns = ["epoch", "loss_d", "loss_g", "acc_real", "acc_fake", "fooled", "diversity",
+                   "seconds", "images_per_s"]
         table, figure = np.array(history), matplotlib.figure.Figure(figsize=(10, 4))
         np.savetxt(out / "history.csv", table, "%.6g", ",", header=",".join(columns), comments="")
         for axes, part in zip(figure.subplots(1, 2), (slice(1, 3), slice(3, 7))):
@@ -283,7 +284,7 @@ def load_checkpoint(path):
 
 
 def generate(args, device, checkpoint):
-    """Writes args.generate PNG files, a grid and a walk to generated/. Raises OSError if it cannot."""
+    """Writes args.generate PNG files, a grid and a walk to generated/; OSError if it cannot."""
     ema = AveragedModel(Generator(args.model, args.latent_dim))
     ema.load_state_dict(checkpoint["ema"])
     generator, folder = ema.module.to(device), Path(args.out_dir, "generated")
@@ -323,8 +324,8 @@ def main():
     except Exception as error:  # of many kinds, by what is missing
         sys.exit(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     if args.bf16 is None:  # where it is not native it is slower than float32
-        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) \
-            or device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        args.bf16 = (torch.cuda.is_bf16_supported(False) if device.type == "cuda" else
+                     device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
     try:
         if args.generate:
             return generate(args, device, checkpoint)
