@@ -1,16 +1,16 @@
 """A GAN on MNIST: two networks learn from each other until one of them writes digits.
 
 The generator G turns a latent vector z of Gaussian numbers into a picture. The discriminator D
-gives a picture a logit: above 0 it takes the picture for real, below 0 for generated. In turns, D
-learns to tell real pictures x from generated ones G(z), and G learns to fool D. G never sees a real
+gives a picture x a logit D(x); p(x) = sigmoid(D(x)) is its belief that x is real. In turns, D
+learns to tell real pictures from generated ones and G learns to fool D. G never sees a real
 picture: all that it learns comes through D's gradient.
 
-    D minimises  E[softplus(-D(x))] + E[softplus(D(G(z)))]        2 log 2 = 1.39 if D only guesses
-    G minimises  E[softplus(-D(G(z)))]                            log 2 = 0.69 if D only guesses
+    D minimises  -log p(x) - log(1 - p(G(z)))  =  softplus(-D(x)) + softplus(D(G(z)))
+    G minimises  -log p(G(z))                  =  softplus(-D(G(z)))
 
-With p = sigmoid(D(x)), D's belief that x is real, softplus(-D(x)) is -log p, and softplus(D(x)) is
--log(1 - p). G could maximise D's second term instead, but where D spots the fakes (p near 0) that
-is flat and teaches G nothing, while -log p is steep there (Goodfellow et al. 2014, section 3).
+If D only guesses, these are 2 log 2 = 1.39 and log 2 = 0.69. Why does G not minimise D's own term,
+log(1 - p(G(z)))? Where D spots the fakes, with p near 0, that is flat and would teach G nothing,
+while -log p is steep there (Goodfellow et al. 2014, section 3).
 
     python gan_mnist.py --toy                                 # a minute, no download
     python gan_mnist.py                                       # fully connected networks
@@ -20,10 +20,10 @@ is flat and teaches G nothing, while -log p is steep there (Goodfellow et al. 20
 import argparse
 import io
 import os
-import random
 import sys
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib.figure
@@ -32,10 +32,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.functional import softplus
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets import MNIST
 
 from common import init_weights, save_grid
+
 
 def number(kind, least, below=float("inf")):
     """Returns an argparse type: a number of that kind (int or float) in [least, below)."""
@@ -67,8 +68,7 @@ def parse_args(settings=None):
     flag("--compile", action="store_true", help="torch.compile both (wants a C++ compiler)")
     flag("--resume", action="store_true", help="go on with the run in --out-dir")
     flag("--generate", type=count, metavar="N", help="only write N pictures by --out-dir's G")
-    parser.set_defaults(**(settings or {}))
-    args = parser.parse_args()
+    args = parser.parse_args(namespace=argparse.Namespace(**(settings or {})))
     args.epochs = args.epochs or {"mlp": 50, "conv": 20}[args.model]
     return args
 
@@ -78,7 +78,7 @@ def load_data(args):
     if args.toy:  # digits in matplotlib's fonts, each by chance in font, place and angle
         files = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVuS*[!y].ttf")
         fonts = [ImageFont.truetype(str(file), 22) for file in sorted(files)]
-        rng, pictures = random.Random(0), []
+        rng, pictures = np.random.default_rng(0), []
         for i in range(min(args.limit or 6000, 6000)):
             picture, place = Image.new("L", (28, 28)), (rng.uniform(12, 16), rng.uniform(12, 16))
             ImageDraw.Draw(picture).text(place, str(i % 10), 255, rng.choice(fonts), anchor="mm")
@@ -87,90 +87,76 @@ def load_data(args):
     try:
         return MNIST(args.data_dir, train=True, download=True).data[:args.limit, None]
     except Exception as error:  # torchvision raises many kinds
-        folder, files = Path(args.data_dir, "MNIST", "raw"), [name for name, _ in MNIST.resources]
-        sys.exit(f"MNIST cannot be read from {folder}, nor fetched into it: {error}\nPut "
-                 f"{', '.join(files)} there by hand, and nothing else, or run without a download: "
-                 f"python gan_mnist.py --toy")
+        folder, files = Path(args.data_dir, "MNIST", "raw"), ", ".join(dict(MNIST.resources))
+        sys.exit(f"MNIST cannot be read from {folder} nor fetched: {error}\nPut {files} there by "
+                 f"hand, or run without a download: python gan_mnist.py --toy")
 
 
 class Generator(nn.Sequential):
     """Latent vectors N x latent_dim to pictures N x 1 x 28 x 28 in [-1, 1]."""
     def __init__(self, model="mlp", latent_dim=100):
         if model == "mlp":
-            layers = [
-                nn.Linear(latent_dim, 256, bias=False), nn.BatchNorm1d(256), nn.LeakyReLU(0.2),
-                nn.Linear(256, 512, bias=False), nn.BatchNorm1d(512), nn.LeakyReLU(0.2),
-                nn.Linear(512, 1024, bias=False), nn.BatchNorm1d(1024), nn.LeakyReLU(0.2),
-                nn.Linear(1024, 28 * 28), nn.Unflatten(1, (1, 28, 28))]
+            net = [nn.Linear(latent_dim, 256, bias=False), nn.BatchNorm1d(256), nn.LeakyReLU(0.2),
+                   nn.Linear(256, 512, bias=False), nn.BatchNorm1d(512), nn.LeakyReLU(0.2),
+                   nn.Linear(512, 1024, bias=False), nn.BatchNorm1d(1024), nn.LeakyReLU(0.2),
+                   nn.Linear(1024, 28 * 28), nn.Unflatten(1, (1, 28, 28))]
         else:
-            layers = [
-                nn.Linear(latent_dim, 64 * 7 * 7, bias=False), nn.Unflatten(1, (64, 7, 7)),
-                nn.BatchNorm2d(64), nn.LeakyReLU(0.2),                                  # 64x7x7
-                nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(32), nn.LeakyReLU(0.2),                                  # 32x14x14
-                nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1)]                      # 1x28x28
-        super().__init__(*layers, nn.Tanh())
+            net = [nn.Linear(latent_dim, 64 * 7 * 7, bias=False), nn.Unflatten(1, (64, 7, 7)),
+                   nn.BatchNorm2d(64), nn.LeakyReLU(0.2),                               # 64x7x7
+                   nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),
+                   nn.BatchNorm2d(32), nn.LeakyReLU(0.2),                               # 32x14x14
+                   nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1)]                   # 1x28x28
+        super().__init__(*net, nn.Tanh())
 
 
 class Discriminator(nn.Sequential):
     """Pictures N x 1 x 28 x 28 in [-1, 1] to logits N."""
     def __init__(self, model="mlp"):
         if model == "mlp":
-            layers = [
-                nn.Flatten(), nn.Linear(28 * 28, 512), nn.LeakyReLU(0.2),
-                nn.Linear(512, 256), nn.LeakyReLU(0.2), nn.Linear(256, 1)]
+            net = [nn.Flatten(), nn.Linear(28 * 28, 512), nn.LeakyReLU(0.2),
+                   nn.Linear(512, 256), nn.LeakyReLU(0.2), nn.Linear(256, 1)]
         else:
-            layers = [
-                nn.Conv2d(1, 32, 4, stride=2, padding=1), nn.LeakyReLU(0.2),            # 32x14x14
-                nn.Conv2d(32, 64, 4, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(64), nn.LeakyReLU(0.2),                                  # 64x7x7
-                nn.Flatten(), nn.Linear(64 * 7 * 7, 1)]
-        super().__init__(*layers, nn.Flatten(0))
+            net = [nn.Conv2d(1, 32, 4, stride=2, padding=1), nn.LeakyReLU(0.2),         # 32x14x14
+                   nn.Conv2d(32, 64, 4, stride=2, padding=1, bias=False),
+                   nn.BatchNorm2d(64), nn.LeakyReLU(0.2),                               # 64x7x7
+                   nn.Flatten(), nn.Linear(64 * 7 * 7, 1)]
+        super().__init__(*net, nn.Flatten(0))
 
 
 @torch.no_grad()
 def sample(generator, z):
-    """Returns G's pictures, N x 1 x 28 x 28 on the CPU, for latent vectors N x latent_dim.
-
-    In evaluation mode, where BatchNorm uses its running statistics, so that a picture depends on
-    its own z alone and not on its batch. Puts the mode back.
-    """
+    """Returns G's pictures, N x 1 x 28 x 28 on the CPU, for latent vectors N x latent_dim."""
     mode, device = generator.training, next(generator.parameters()).device
-    generator.eval()
+    generator.eval()  # with BatchNorm's running statistics a picture depends on its own z alone
     pictures = generator(z.to(device)).float().cpu()
     generator.train(mode)
     return pictures
 
 
 def train(args, device, data, checkpoint):
-    """Trains on data, uint8 N x 1 x 28 x 28, to epoch args.epochs, from the checkpoint if given.
-
-    Raises FloatingPointError at a loss that is not finite, OSError where a file cannot be written.
-    """
+    """Trains on uint8 N x 1 x 28 x 28; raises FloatingPointError if a loss is not finite."""
     if len(data) < args.batch_size:
-        sys.exit(f"{len(data)} pictures do not fill a batch of {args.batch_size}: lower --batch-size.")
+        sys.exit(f"{len(data)} pictures do not fill a batch: lower --batch-size {args.batch_size}.")
+    print(f"{len(data):,} pictures, {device}{', bfloat16' * args.bf16}, to {args.out_dir}")
     torch.manual_seed(args.seed)
-    watched = torch.randn(1000, args.latent_dim)  # the same z for the pictures of every epoch
+    fixed_z = torch.randn(1000, args.latent_dim)  # the same for the pictures of every epoch
     generator = Generator(args.model, args.latent_dim).apply(init_weights).to(device)
     discriminator = Discriminator(args.model).apply(init_weights).to(device)
     # G's steps circle around what it is after. Their average is nearer to it, and is what we sample
-    # from (Yazici et al. 2019): each step 0.2 % new, and more in the first steps. D never sees it.
-    ema = AveragedModel(generator, use_buffers=True, avg_fn=lambda average, new, steps: torch.lerp(
-        average.float(), new.float(), (9 / (steps + 10)).clamp(min=0.002)))
-    optimizer_g, optimizer_d = (torch.optim.Adam(net.parameters(), betas=(args.beta1, 0.999),
-                                                 fused=True) for net in (generator, discriminator))
-    parts = dict(generator=generator, discriminator=discriminator, ema=ema,
-                 optimizer_g=optimizer_g, optimizer_d=optimizer_d)
-    images, history = Path(args.out_dir, "images"), checkpoint["history"] if checkpoint else []
-    if checkpoint:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-    else:
-        save_run(args, parts, history)
+    # from (Yazici et al. 2019); D never sees it. BatchNorm's statistics are averaged with it.
+    ema = AveragedModel(generator, use_buffers=True)
+    opt_g = torch.optim.Adam(generator.parameters(), betas=(args.beta1, 0.999), fused=True)
+    opt_d = torch.optim.Adam(discriminator.parameters(), betas=(args.beta1, 0.999), fused=True)
+    run = dict(generator=generator, discriminator=discriminator, ema=ema, opt_g=opt_g, opt_d=opt_d)
+    for name, part in run.items() if checkpoint else ():
+        part.load_state_dict(checkpoint[name])
+    history, images = checkpoint["history"] if checkpoint else [], Path(args.out_dir, "images")
+    save_run(args, run, history)
+    if not history:
         save_grid(data[:64] / 127.5 - 1, images / "real.png")
-        save_grid(sample(ema.module, watched[:64]), images / "epoch_000.png")
-    for network in (generator, discriminator) if args.compile else ():
-        network.compile()  # in place: the names in the checkpoint stay as they are
+        save_grid(sample(ema, fixed_z[:64]), images / "epoch_000.png")
+    if args.compile:  # in place: the names in the checkpoint stay as they are
+        generator.compile(), discriminator.compile()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     real_std = (data[:10_000] / 127.5).std(0).mean().item()
     data, steps, began = data.to(device), len(data) // args.batch_size, time.perf_counter()
@@ -180,8 +166,9 @@ def train(args, device, data, checkpoint):
         order = torch.randperm(len(data), device=device)[:steps * args.batch_size]
         sums, shown = torch.zeros(5, device=device), time.perf_counter()
         for step, batch in enumerate(order.view(steps, args.batch_size), 1):
-            for group in optimizer_g.param_groups + optimizer_d.param_groups:
-                group["lr"] = args.lr * (1 - (epoch - 1 + (step - 1) / steps) / args.epochs)
+            done = (epoch - 1) * steps + step - 1
+            for group in opt_g.param_groups + opt_d.param_groups:
+                group["lr"] = args.lr * (1 - done / (args.epochs * steps))
             x = (data[batch] / 127.5 - 1).requires_grad_(step % 16 == 1)  # [-1, 1], tanh's range
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
 
@@ -193,13 +180,13 @@ def train(args, device, data, checkpoint):
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
             penalty = 0
             if step % 16 == 1:
-                # R1: a fine on D's slope at real pictures, every 16th step but 16 times as high,
-                # keeps D from growing steep around them (Mescheder et al. 2018).
+                # R1: a fine on D's slope at real pictures keeps D from growing too steep for G to
+                # follow (Mescheder et al. 2018); at every 16th step, but 16 times 0.5 / 2 as high.
                 slope, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
-                penalty = 16 * 0.5 / 2 * slope.square().sum((1, 2, 3)).mean()
-            optimizer_d.zero_grad()
+                penalty = 4 * slope.square().sum((1, 2, 3)).mean()
+            opt_d.zero_grad()
             (loss_d + penalty).backward()
-            optimizer_d.step()
+            opt_d.step()
 
             # G: minimise softplus(-D(G(z))): the same fakes, the updated D. D is frozen: gradients
             # pass through it to G, but none are computed for its own weights.
@@ -207,58 +194,55 @@ def train(args, device, data, checkpoint):
             with autocast:
                 fooled = discriminator(fake)
             loss_g = softplus(-fooled.float()).mean()
-            optimizer_g.zero_grad()
+            opt_g.zero_grad()
             loss_g.backward()
-            optimizer_g.step()
+            opt_g.step()
             discriminator.requires_grad_(True)
-            ema.update_parameters(generator)
-
-            # Summed on the device: reading a number at every step would make the CPU wait for it.
+            ema.multi_avg_fn = get_ema_multi_avg_fn(min(0.998, (done + 1) / (done + 10)))
+            ema.update_parameters(generator)  # 0.2 % new at a step, but more in the first steps
+            # Summed on the device: reading numbers at every step would make the CPU wait for them.
             shares = [(logits > 0).float().mean() for logits in (on_real, -on_fake, fooled)]
             sums += torch.stack([loss_d.detach(), loss_g.detach(), *shares])
-            if step == steps or time.perf_counter() - shown > 1:
+            if sys.stdout.isatty() and time.perf_counter() - shown > 1:
                 shown = time.perf_counter()
-                if not sums.isfinite().all():
-                    raise FloatingPointError("A loss is not finite: try a smaller --lr.")
-                if sys.stdout.isatty():
-                    speed, left = step / (shown - began), (args.epochs - epoch + 1) * steps - step
-                    print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  {left / speed:.0f} s "
-                          f"left  {speed * args.batch_size:,.0f} pictures/s   ", end="\r", flush=True)
+                speed, left = step / (shown - began), (args.epochs - epoch + 1) * steps - step
+                print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  {left / speed:.0f} s left"
+                      f"  {speed * args.batch_size:,.0f} pictures/s    ", end="\r", flush=True)
 
-        pictures, seconds = sample(ema.module, watched), time.perf_counter() - began
+        pictures, seconds = sample(ema, fixed_z), time.perf_counter() - began
         began += seconds
         history.append([epoch, *(sums / steps).tolist(), pictures.std(0).mean().item() / real_std,
                         seconds, steps * args.batch_size / seconds])
+        if not np.isfinite(history[-1]).all():
+            raise FloatingPointError("A loss is not finite: try a smaller --lr.")
         if epoch % args.sample_every == 0 or epoch == args.epochs:
             save_grid(pictures[:64], images / f"epoch_{epoch:03d}.png")
-        save_run(args, parts, history)
+        save_run(args, run, history)
 
 
-def save_run(args, parts, history):
+def save_run(args, run, history):
     """Writes history.csv, losses.png, progress.gif and models/; prints the last epoch's line."""
     out = Path(args.out_dir)
     if history:
-        epoch, loss_d, loss_g, real, fake, fooled, diversity, seconds, speed = history[-1]
-        print(f"epoch {epoch}/{args.epochs}  loss D {loss_d:.3f} G {loss_g:.3f}  right on real "
-              f"{real:.2f} fake {fake:.2f}  fooled {fooled:.2f}  diversity {diversity:.2f}"
-              f"{' LOW' * (diversity < 0.5)}  {seconds:.1f} s  {speed:,.0f} pictures/s", flush=True)
-        columns = ["epoch", "loss_d", "loss_g", "acc_real", "acc_fake", "fooled", "diversity",
-                   "seconds", "images_per_s"]
-        table, figure = np.array(history), matplotlib.figure.Figure(figsize=(10, 4))
-        np.savetxt(out / "history.csv", table, "%.6g", ",", header=",".join(columns), comments="")
-        for axes, part in zip(figure.subplots(1, 2), (slice(1, 3), slice(3, 7))):
-            axes.plot(table[:, 0], table[:, part], label=columns[part])
-            axes.legend(title="by epoch")
-        figure.savefig(out / "losses.png")
-        files = sorted((out / "images").glob("epoch_*.png"), key=lambda file: int(file.stem[6:]))
-        first, *others = [Image.open(file).convert("L") for file in files]
+        header = "epoch,loss_d,loss_g,acc_real,acc_fake,fooled,diversity,seconds,images_per_s"
+        print("epoch {}/{}  loss D {:.3f} G {:.3f}  right on real {:.2f} fake {:.2f}  fooled {:.2f}  "
+              "diversity {:.2f}  {:.1f} s  {:,.0f} pictures/s".format(len(history), args.epochs,
+              *history[-1][1:]), " LOW DIVERSITY" * (history[-1][6] < 0.5), flush=True)
+        table = np.array(history)
+        np.savetxt(out / "history.csv", table, "%.6g", ",", header=header, comments="")
+        axes = matplotlib.figure.Figure(figsize=(10, 4)).subplots()
+        axes.plot(table[:, 0], table[:, 1:7], label=header.split(",")[1:7])
+        axes.legend(title="by epoch")
+        axes.figure.savefig(out / "losses.png")
+        files = [out / "images" / f"epoch_{i:03d}.png" for i in range(len(history) + 1)]
+        first, *others = [Image.open(file).convert("L") for file in files if file.exists()]
         first.save(out / "progress.gif", save_all=True, append_images=others, duration=200, loop=0)
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("out_dir", "device", "resume", "generate")}
-    states = {name: part.state_dict() for name, part in parts.items()}
+    states = {name: part.state_dict() for name, part in run.items()}
     for name, content in dict(
             checkpoint=dict(script="gan_mnist", settings=settings, history=history, **states),
-            generator=parts["ema"].module.state_dict(),
+            generator=run["ema"].module.state_dict(),
             discriminator=states["discriminator"]).items():
         # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
         path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
@@ -271,37 +255,33 @@ def save_run(args, parts, history):
 
 def load_checkpoint(path):
     """Returns the checkpoint; exits if there is none, or none of this script that is whole."""
-    try:
-        fault = zipfile.ZipFile(path).testzip()  # torch itself does not compare the checksums
-        # weights_only admits tensors and plain values alone: a stranger's file cannot run code
+    with suppress(Exception):  # of many kinds, by what is wrong with the file
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare the checksums
+        # weights_only admits tensors and plain values alone: a stranger's file cannot run code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not fault and checkpoint["script"] == "gan_mnist":
+        if not damaged and checkpoint["script"] == "gan_mnist":
             return checkpoint
-    except Exception as error:  # of many kinds, by where the file is damaged
-        fault = error
-    sys.exit(f"{path} is not a whole checkpoint of gan_mnist.py ({fault}): name the folder of a "
-             f"run with --out-dir, or train first.")
+    sys.exit(f"{path} is missing, damaged or not gan_mnist.py's: train first, or set --out-dir.")
 
 
 def generate(args, device, checkpoint):
     """Writes args.generate PNG files, a grid and a walk to generated/; OSError if it cannot."""
-    ema = AveragedModel(Generator(args.model, args.latent_dim))
+    ema = AveragedModel(Generator(args.model, args.latent_dim)).to(device)
     ema.load_state_dict(checkpoint["ema"])
-    generator, folder = ema.module.to(device), Path(args.out_dir, "generated")
+    folder = Path(args.out_dir, "generated")
     folder.mkdir()
     torch.manual_seed(args.seed)
     z = torch.randn(max(args.generate, 64), args.latent_dim)
     for start in range(0, args.generate, 500):
-        pictures = sample(generator, z[start:start + 500])[:args.generate - start, 0]
-        for i, pixels in enumerate(((pictures + 1) * 127.5).round().byte().numpy(), start):
-            Image.fromarray(pixels).save(folder / f"{i:05d}.png")
-    save_grid(sample(generator, z[:64]), folder / "grid.png")
+        pictures = (sample(ema, z[start:start + 500]) + 1) * 127.5
+        for i, pixels in enumerate(pictures[:args.generate - start].round().byte().numpy(), start):
+            Image.fromarray(pixels[0]).save(folder / f"{i:05d}.png")
+    save_grid(sample(ema, z[:64]), folder / "grid.png")
     # A row of the walk is a quarter circle from a to b. Every z on it is as Gaussian as those that
     # G learned from; a straight line would cut through the middle, where G saw next to none.
     a, b = torch.randn(2, 8, 1, args.latent_dim)
-    angle = torch.linspace(0, torch.pi / 2, 10)[:, None]
-    walk = sample(generator, (a * angle.cos() + b * angle.sin()).flatten(0, 1))
-    save_grid(walk, folder / "walk.png", columns=10)
+    t = torch.linspace(0, torch.pi / 2, 10)[:, None]
+    save_grid(sample(ema, (a * t.cos() + b * t.sin()).flatten(0, 1)), folder / "walk.png", 10)
 
 
 def main():
@@ -309,23 +289,23 @@ def main():
     out, saved = Path(args.out_dir), Path(args.out_dir, "models", "checkpoint.pth")
     if args.resume or args.generate:
         checkpoint = load_checkpoint(saved)
-        args = parse_args(checkpoint["settings"])
-        for name in ("model", "latent_dim"):
-            if vars(args)[name] != checkpoint["settings"][name]:
-                sys.exit(f"{saved} was trained with another {name}: leave that flag out.")
-    elif out.is_dir() and any(path.is_file() for path in out.rglob("*")):
+        old = checkpoint["settings"]
+        args = parse_args(old)
+        if (args.model, args.latent_dim) != (old["model"], old["latent_dim"]):
+            sys.exit(f"{saved} has another --model or --latent-dim: leave these flags out.")
+    elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
         sys.exit(f"{out} holds a run: add --resume to go on with it, or choose another --out-dir.")
     if args.generate and (out / "generated").exists():
         sys.exit(f"{out / 'generated'} is there already: move it away or delete it first.")
     try:
-        device = torch.device(
-            args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        device = torch.device(args.device or torch.accelerator.current_accelerator(True) or "cpu")
         torch.ones(1, device=device).cpu()
     except Exception as error:  # of many kinds, by what is missing
         sys.exit(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     if args.bf16 is None:  # where it is not native it is slower than float32
-        args.bf16 = (torch.cuda.is_bf16_supported(False) if device.type == "cuda" else
-                     device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
+        native = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+        args.bf16 = (torch.cuda.is_bf16_supported(False) if device.type == "cuda"
+                     else device.type == "cpu" and native.get("avx512_bf16", False))
     try:
         if args.generate:
             return generate(args, device, checkpoint)

@@ -144,10 +144,12 @@ class MnistTest(Folder):
 
     def test_every_epoch_prints_its_line(self):
         lines = self.printed["mlp"].splitlines()
-        self.assertEqual([line.split()[:2] for line in lines[:3]],
+        self.assertIn("200 pictures", lines[0])
+        self.assertEqual([line.split()[:2] for line in lines[1:]],
                          [["epoch", f"{epoch}/3"] for epoch in (1, 2, 3)])
         for word in ("loss", "right on real", "fooled", "diversity", "pictures/s"):
-            self.assertIn(word, lines[0])
+            self.assertIn(word, lines[1])
+        self.assertIn("LOW DIVERSITY", lines[1])  # G has not learned to vary yet
 
     def test_models_load_by_themselves_and_the_generator_is_the_average(self):
         for model in ("mlp", "conv"):
@@ -178,7 +180,8 @@ class MnistTest(Folder):
             process = subprocess.Popen(
                 command("gan_mnist.py", *flags, "--model", model, "--out-dir", cut),
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            process.stdout.readline()  # the first epoch is done
+            for _ in range(2):
+                process.stdout.readline()  # the second line says that the first epoch is done
             process.send_signal(signal.SIGINT)
             text = "".join(process.communicate(timeout=60))
             self.assertNotIn("Traceback", text)
@@ -202,6 +205,17 @@ class MnistTest(Folder):
         self.assertEqual(checkpoint["settings"]["batch_size"], 32)
         self.assertEqual(checkpoint["settings"]["epochs"], 4)
 
+    def test_resume_mends_what_a_kill_left_half_written(self):
+        out = self.copy()
+        for name in ("images/epoch_004.png", "progress.gif", "history.csv", "models/generator.pth"):
+            (out / name).write_bytes(b"half")
+        run("gan_mnist.py", "--resume", "--epochs", 3, "--out-dir", out)  # nothing left to train
+        self.assertEqual(Image.open(out / "progress.gif").n_frames, 3)
+        for name in ("history.csv", "models/generator.pth"):
+            self.assertEqual((out / name).read_bytes(), (self.runs / "mlp" / name).read_bytes())
+        run("gan_mnist.py", "--resume", "--epochs", 4, "--out-dir", out)
+        self.assertEqual(read(out / "images" / "epoch_004.png").shape, (242, 242, 3))
+
     def test_generate_needs_the_checkpoint_alone(self):
         for model in ("mlp", "conv"):
             out = self.folder / model
@@ -220,7 +234,8 @@ class MnistTest(Folder):
             np.testing.assert_allclose(grid[2:30, 2:30, 0].astype(int), pixels[0], atol=1)
             self.assertEqual(read(out / "generated" / "walk.png").shape, (242, 302, 3))
             before = (out / "generated" / "00000.png").stat().st_mtime_ns
-            self.assertIn("generated", run("gan_mnist.py", "--generate", 2, "--out-dir", out, code=1))
+            text = run("gan_mnist.py", "--generate", 2, "--out-dir", out, code=1)
+            self.assertIn("generated", text)
             self.assertEqual((out / "generated" / "00000.png").stat().st_mtime_ns, before)
 
     def test_mnist_is_read_from_files_in_torchvisions_layout(self):
@@ -230,7 +245,8 @@ class MnistTest(Folder):
         for split in ("train", "t10k"):
             (raw / f"{split}-images-idx3-ubyte").write_bytes(
                 struct.pack(">IIII", 0x803, 70, 28, 28) + pixels.tobytes())
-            (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 70) + bytes(70))
+            (raw / f"{split}-labels-idx1-ubyte").write_bytes(
+                struct.pack(">II", 0x801, 70) + bytes(70))
         run("gan_mnist.py", "--data-dir", "my data", "--epochs", 1, "--batch-size", 70, "--out-dir",
             "out", cwd=self.folder)
         real = read(self.folder / "out" / "images" / "real.png")
@@ -262,7 +278,7 @@ class MnistTest(Folder):
                 "checkpoint.pth": ("--resume", "--out-dir", out),
                 "train first": ("--generate", 5, "--out-dir", out),
                 "--toy": ("--data-dir", self.folder / "none", "--out-dir", out),
-                "train-images-idx3-ubyte.gz": ("--data-dir", self.folder / "none", "--out-dir", out),
+                "images-idx3-ubyte.gz": ("--data-dir", self.folder / "none", "--out-dir", out),
         }.items():
             self.assertIn(word, run("gan_mnist.py", *flags, code=1))
         self.assertEqual((full / "losses.png").read_text(), "mine")
@@ -293,7 +309,7 @@ class MnistTest(Folder):
                         pickle.dumps(Payload())):
             path.write_bytes(content)
             text = run("gan_mnist.py", "--resume", "--out-dir", path.parents[1], code=1)
-            self.assertIn("not a whole checkpoint", text)
+            self.assertIn("damaged", text)
             self.assertFalse(trap.exists())
             self.assertEqual(path.read_bytes(), content)
 
