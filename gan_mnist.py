@@ -225,8 +225,8 @@ def save_run(args, run, history):
     out = Path(args.out_dir)
     if history:
         header = "epoch,loss_d,loss_g,acc_real,acc_fake,fooled,diversity,seconds,images_per_s"
-        print("epoch {}/{}  loss D {:.3f} G {:.3f}  right on real {:.2f} fake {:.2f}  fooled {:.2f}  "
-              "diversity {:.2f}  {:.1f} s  {:,.0f} pictures/s".format(len(history), args.epochs,
+        print("epoch {}/{}  loss D {:.3f} G {:.3f}  right on real {:.2f} fake {:.2f}  fooled {:.2f}"
+              "  diversity {:.2f}  {:.1f} s  {:,.0f} pictures/s".format(len(history), args.epochs,
               *history[-1][1:]), " LOW DIVERSITY" * (history[-1][6] < 0.5), flush=True)
         table = np.array(history)
         np.savetxt(out / "history.csv", table, "%.6g", ",", header=header, comments="")

@@ -1,9 +1,13 @@
 """Tests of what a user sees: run them with  python -m unittest  (pytest collects them too).
 
-Every run is the real command in a process of its own, on --toy pictures or on small files written
-here; nothing is downloaded.
+Trainings are the real command in a process of its own, on --toy pictures or on small files written
+here; refusals call main() with the same flags, to spare the start of a process. Nothing is
+downloaded.
 """
+import contextlib
 import csv
+import importlib
+import io
 import os
 import pickle
 import shutil
@@ -14,6 +18,7 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,22 +35,39 @@ TINY = ("--toy", "--limit", "200", "--batch-size", "32")
 NO_NETWORK = dict(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9", no_proxy="")
 
 
-def command(script, *flags):
-    return [sys.executable, "-W", "error", str(HERE / script), *map(str, flags)]
-
-
 def run(script, *flags, code=0, cwd=None):
     """Runs a script, asserts its exit code and returns what it printed, errors included."""
-    done = subprocess.run(command(script, *flags), capture_output=True, text=True, cwd=cwd,
-                          env={**os.environ, **NO_NETWORK}, timeout=300)
+    done = subprocess.run([sys.executable, "-W", "error", HERE / script, *map(str, flags)],
+                          capture_output=True, text=True, cwd=cwd, timeout=300,
+                          env={**os.environ, **NO_NETWORK})
     text = done.stdout + done.stderr
     assert done.returncode == code, f"{flags}: exit code {done.returncode}, not {code}\n{text}"
     assert code == 0 or "Traceback" not in text, text
     return text
 
 
+def refused(script, *flags, code=1):
+    """Calls a script's main(), asserts that it exits with that code and returns the message."""
+    errors = io.StringIO()
+    with mock.patch("sys.argv", [script, *map(str, flags)]), contextlib.redirect_stderr(errors), \
+            mock.patch.dict(os.environ, NO_NETWORK), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            importlib.import_module(script.removesuffix(".py")).main()
+            raise AssertionError(f"{flags} were not refused")
+        except SystemExit as stop:  # sys.exit(text) prints the text and exits with code 1
+            text = stop.code if isinstance(stop.code, str) else errors.getvalue()
+            found = 1 if isinstance(stop.code, str) else stop.code
+    assert found == code, f"{flags}: exit code {found}, not {code}\n{text}"
+    return text
+
+
 def read(path):
     return np.asarray(Image.open(path))
+
+
+def frames(path):
+    with Image.open(path) as picture:
+        return picture.n_frames
 
 
 def load(path):
@@ -131,7 +153,7 @@ class MnistTest(Folder):
                 "models/generator.pth", "models/discriminator.pth", "models/checkpoint.pth"})
             for grid in (out / "images").iterdir():
                 self.assertEqual(read(grid).shape, (242, 242, 3), grid)
-            self.assertEqual(Image.open(out / "progress.gif").n_frames, 3)
+            self.assertEqual(frames(out / "progress.gif"), 3)
 
     def test_history_has_a_row_an_epoch(self):
         with open(self.runs / "mlp" / "history.csv", newline="") as file:
@@ -178,7 +200,7 @@ class MnistTest(Folder):
             whole, cut = self.folder / f"whole {model}", self.folder / f"cut {model}"
             run("gan_mnist.py", *flags, "--model", model, "--out-dir", whole)
             process = subprocess.Popen(
-                command("gan_mnist.py", *flags, "--model", model, "--out-dir", cut),
+                [sys.executable, HERE / "gan_mnist.py", *flags, "--model", model, "--out-dir", cut],
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for _ in range(2):
                 process.stdout.readline()  # the second line says that the first epoch is done
@@ -210,7 +232,7 @@ class MnistTest(Folder):
         for name in ("images/epoch_004.png", "progress.gif", "history.csv", "models/generator.pth"):
             (out / name).write_bytes(b"half")
         run("gan_mnist.py", "--resume", "--epochs", 3, "--out-dir", out)  # nothing left to train
-        self.assertEqual(Image.open(out / "progress.gif").n_frames, 3)
+        self.assertEqual(frames(out / "progress.gif"), 3)
         for name in ("history.csv", "models/generator.pth"):
             self.assertEqual((out / name).read_bytes(), (self.runs / "mlp" / name).read_bytes())
         run("gan_mnist.py", "--resume", "--epochs", 4, "--out-dir", out)
@@ -234,8 +256,7 @@ class MnistTest(Folder):
             np.testing.assert_allclose(grid[2:30, 2:30, 0].astype(int), pixels[0], atol=1)
             self.assertEqual(read(out / "generated" / "walk.png").shape, (242, 302, 3))
             before = (out / "generated" / "00000.png").stat().st_mtime_ns
-            text = run("gan_mnist.py", "--generate", 2, "--out-dir", out, code=1)
-            self.assertIn("generated", text)
+            self.assertIn("generated", refused("gan_mnist.py", "--generate", 2, "--out-dir", out))
             self.assertEqual((out / "generated" / "00000.png").stat().st_mtime_ns, before)
 
     def test_mnist_is_read_from_files_in_torchvisions_layout(self):
@@ -259,9 +280,10 @@ class MnistTest(Folder):
                       ("--beta1", 1), ("--beta1", -0.1), ("--lr", 0), ("--lr", "nan"),
                       ("--sample-every", 0), ("--generate", 0), ("--seed", -1), ("--epochs", "ten"),
                       ("--model", "gru")):
-            text = run("gan_mnist.py", "--toy", *flags, "--out-dir", self.folder / "out", code=2)
-            self.assertIn(flags[0], text)
-        self.assertFalse((self.folder / "out").exists())
+            out = self.folder / "out"
+            self.assertIn(flags[0], refused("gan_mnist.py", *flags, "--out-dir", out, code=2))
+        self.assertIn("--epochs", run("gan_mnist.py", "--epochs", 0, "--out-dir", out, code=2))
+        self.assertFalse(out.exists())
 
     def test_what_cannot_work_is_refused_before_any_work(self):
         full, blocked = self.folder / "full", self.folder / "a file"
@@ -280,7 +302,8 @@ class MnistTest(Folder):
                 "--toy": ("--data-dir", self.folder / "none", "--out-dir", out),
                 "images-idx3-ubyte.gz": ("--data-dir", self.folder / "none", "--out-dir", out),
         }.items():
-            self.assertIn(word, run("gan_mnist.py", *flags, code=1))
+            self.assertIn(word, refused("gan_mnist.py", *flags))
+        self.assertIn("--resume", run("gan_mnist.py", "--toy", "--out-dir", full, code=1))
         self.assertEqual((full / "losses.png").read_text(), "mine")
         self.assertEqual(blocked.read_text(), "mine")
         self.assertEqual([file for file in out.rglob("*") if file.is_file()], [])
@@ -289,7 +312,7 @@ class MnistTest(Folder):
         out = self.copy()
         for flags in (("--model", "conv"), ("--latent-dim", 8)):
             for what in (("--resume",), ("--generate", 5)):
-                run("gan_mnist.py", *what, *flags, "--out-dir", out, code=1)
+                self.assertIn("another", refused("gan_mnist.py", *what, *flags, "--out-dir", out))
 
     def test_a_damaged_or_foreign_checkpoint_is_refused_and_runs_no_code(self):
         path = self.copy() / "models" / "checkpoint.pth"
@@ -308,7 +331,7 @@ class MnistTest(Folder):
         for content in (whole[:len(whole) // 2], b"", bytes(flipped), foreign, payload,
                         pickle.dumps(Payload())):
             path.write_bytes(content)
-            text = run("gan_mnist.py", "--resume", "--out-dir", path.parents[1], code=1)
+            text = refused("gan_mnist.py", "--resume", "--out-dir", path.parents[1])
             self.assertIn("damaged", text)
             self.assertFalse(trap.exists())
             self.assertEqual(path.read_bytes(), content)
