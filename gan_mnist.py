@@ -53,8 +53,8 @@ def parse_args(settings=None):
     flag, count = parser.add_argument, number(int, 1)
     flag("--model", choices=("mlp", "conv"), default="mlp", help="networks (mlp)")
     flag("--epochs", type=count, help="passes over the data (50 for mlp, 20 for conv)")
-    flag("--batch-size", type=number(int, 2), default=128, help="real pictures an update (128)")
-    flag("--lr", type=number(float, 1e-9), default=1e-3, help="Adam's step, falling to 0 (0.001)")
+    flag("--batch-size", type=number(int, 2), default=256, help="real pictures an update (256)")
+    flag("--lr", type=number(float, 1e-9), default=2e-3, help="Adam's step, falling to 0 (0.002)")
     flag("--beta1", type=number(float, 0, 1), default=0.5, help="Adam's decay of gradients (0.5)")
     flag("--latent-dim", type=count, default=100, help="numbers in a latent vector z (100)")
     flag("--sample-every", type=count, default=1, help="epochs from one saved grid to the next (1)")
@@ -101,7 +101,8 @@ class Generator(nn.Sequential):
                    nn.Linear(512, 1024, bias=False), nn.BatchNorm1d(1024), nn.LeakyReLU(0.2),
                    nn.Linear(1024, 28 * 28), nn.Unflatten(1, (1, 28, 28))]
         else:
-            net = [nn.Linear(latent_dim, 64 * 7 * 7, bias=False), nn.Unflatten(1, (64, 7, 7)),
+            net = [nn.Linear(latent_dim, 512, bias=False), nn.BatchNorm1d(512), nn.LeakyReLU(0.2),
+                   nn.Linear(512, 64 * 7 * 7, bias=False), nn.Unflatten(1, (64, 7, 7)),
                    nn.BatchNorm2d(64), nn.LeakyReLU(0.2),                               # 64x7x7
                    nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),
                    nn.BatchNorm2d(32), nn.LeakyReLU(0.2),                               # 32x14x14
@@ -119,7 +120,7 @@ class Discriminator(nn.Sequential):
             net = [nn.Conv2d(1, 32, 4, stride=2, padding=1), nn.LeakyReLU(0.2),         # 32x14x14
                    nn.Conv2d(32, 64, 4, stride=2, padding=1, bias=False),
                    nn.BatchNorm2d(64), nn.LeakyReLU(0.2),                               # 64x7x7
-                   nn.Flatten(), nn.Linear(64 * 7 * 7, 1)]
+                   nn.Flatten(), nn.Linear(64 * 7 * 7, 256), nn.LeakyReLU(0.2), nn.Linear(256, 1)]
         super().__init__(*net, nn.Flatten(0))
 
 
@@ -235,8 +236,10 @@ def save_run(args, run, history):
         axes.legend(title="by epoch")
         axes.figure.savefig(out / "losses.png")
         files = [out / "images" / f"epoch_{i:03d}.png" for i in range(len(history) + 1)]
-        first, *others = [Image.open(file).convert("L") for file in files if file.exists()]
-        first.save(out / "progress.gif", save_all=True, append_images=others, duration=200, loop=0)
+        frames = [Image.open(file).convert("L") for file in files if file.exists()]
+        if frames:  # there are none if only the checkpoint was kept
+            frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
+                           duration=200, loop=0)
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("out_dir", "device", "resume", "generate")}
     states = {name: part.state_dict() for name, part in run.items()}
@@ -247,9 +250,7 @@ def save_run(args, run, history):
         # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
         path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
         torch.save(content, buffer)
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(buffer.getbuffer())
-            os.fsync(file.fileno())
+        Path(f"{path}.tmp").write_bytes(buffer.getbuffer())
         os.replace(f"{path}.tmp", path)
 
 
