@@ -238,6 +238,13 @@ class MnistTest(Folder):
         run("gan_mnist.py", "--resume", "--epochs", 4, "--out-dir", out)
         self.assertEqual(read(out / "images" / "epoch_004.png").shape, (242, 242, 3))
 
+    def test_the_checkpoint_alone_is_enough_to_resume(self):
+        (self.folder / "models").mkdir()
+        shutil.copy(self.runs / "mlp" / "models" / "checkpoint.pth", self.folder / "models")
+        run("gan_mnist.py", "--resume", "--epochs", 4, "--out-dir", self.folder)
+        self.assertEqual(frames(self.folder / "progress.gif"), 1)
+        self.assertTrue((self.folder / "images" / "epoch_004.png").exists())
+
     def test_generate_needs_the_checkpoint_alone(self):
         for model in ("mlp", "conv"):
             out = self.folder / model
@@ -347,7 +354,7 @@ class MnistTest(Folder):
         out = self.copy()
         path = out / "models" / "checkpoint.pth"
         before = path.read_bytes()
-        (out / "models" / "checkpoint.pth.tmp").mkdir()  # stands in for a disk that takes no more
+        (out / "models" / "checkpoint.tmp").mkdir()  # stands in for a disk that takes no more
         text = run("gan_mnist.py", "--resume", "--epochs", 4, "--out-dir", out, code=1)
         self.assertIn("--resume", text)
         self.assertEqual(path.read_bytes(), before)
