@@ -52,7 +52,7 @@ def parse_args(settings=None):
     flag, count = parser.add_argument, number(int, 1)
     flag("--model", choices=("mlp", "conv"), default="mlp", help="networks (mlp)")
     flag("--epochs", type=count, help="passes over the data (50 for mlp, 18 for conv)")
-    flag("--batch-size", type=number(int, 2), default=256, help="real pictures an update (256)")
+    flag("--batch-size", type=number(int, 2), help="real pictures an update (256; 64 with --toy)")
     flag("--lr", type=number(float, 1e-9), default=2e-3, help="Adam's step, falling to 0 (0.002)")
     flag("--beta1", type=number(float, 0, 1), default=0.5, help="Adam's decay of gradients (0.5)")
     flag("--latent-dim", type=count, default=100, help="numbers in a latent vector z (100)")
@@ -69,6 +69,7 @@ def parse_args(settings=None):
     flag("--generate", type=count, metavar="N", help="only write N pictures by --out-dir's G")
     args = parser.parse_args(namespace=argparse.Namespace(**(settings or {})))
     args.epochs = args.epochs or {"mlp": 50, "conv": 18}[args.model]
+    args.batch_size = args.batch_size or (64 if args.toy else 256)
     return args
 
 
@@ -169,7 +170,7 @@ def train(args, device, data, checkpoint):
             done = (epoch - 1) * steps + step - 1
             for group in opt_g.param_groups + opt_d.param_groups:
                 group["lr"] = args.lr * (1 - done / (args.epochs * steps))
-            r1 = done % 16 == 0
+            r1, penalty = done % 16 == 0, 0
             x = (data[batch] / 127.5 - 1).requires_grad_(r1)  # to [-1, 1], the range of G's tanh
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
 
@@ -180,7 +181,6 @@ def train(args, device, data, checkpoint):
                 on_fake = discriminator(fake.detach())
                 on_real = discriminator.forward(x)  # --compile has no second derivative, for R1
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
-            penalty = 0
             if r1:
                 # R1, gamma / 2 * |gradient|^2, keeps D from growing too steep at real pictures
                 # (Mescheder et al. 2018). To save time it comes at every 16th step, 16-fold.
