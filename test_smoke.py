@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import gan_fashion
 import gan_mnist
 from common import init_weights, save_grid
 
@@ -122,41 +123,58 @@ class CommonTest(Folder):
         nn.Linear(3, 3, bias=False).apply(init_weights)  # no bias: nothing to fail on
 
 
-class MnistTest(Folder):
-    """One trained run of each model, looked at from several sides."""
+class ScriptTests:
+    """What all scripts promise, for each of a script's variants; the classes below fill it in.
+
+    script: its file name; variants: name to flags, the default first; columns: of their grids;
+    size: of a picture, in pixels; others: flags of networks that the default's run does not have.
+    """
+    size = 28
 
     @classmethod
     def setUpClass(cls):
+        cls.module = importlib.import_module(cls.script.removesuffix(".py"))
         cls.runs = Path(tempfile.mkdtemp())
         cls.addClassCleanup(shutil.rmtree, cls.runs)
-        cls.printed = {model: run("gan_mnist.py", *TINY, "--model", model, "--epochs", 3,
-                                  "--sample-every", 2, "--latent-dim", 7, "--out-dir",
-                                  cls.runs / model) for model in ("mlp", "conv")}
+        cls.printed = {name: run(cls.script, *TINY, *flags, "--epochs", 3, "--sample-every", 2,
+                                 "--latent-dim", 7, "--out-dir", cls.runs / name)
+                       for name, flags in cls.variants.items()}
+        cls.default = next(iter(cls.variants))
 
-    def copy(self, model="mlp"):
-        return shutil.copytree(self.runs / model, self.folder / "copy")
+    def copy(self):
+        return shutil.copytree(self.runs / self.default, self.folder / "copy")
+
+    def labels(self, count):
+        """Returns what networks and sample() take beside z or x: nothing, or a tuple of labels."""
+        return ()
+
+    def grid_shape(self, variant, columns=None):
+        rows, cell = self.columns[variant], self.size + 2
+        return rows * cell + 2, (columns or rows) * cell + 2, 3
 
     def test_networks_have_the_promised_shapes(self):
-        for model in ("mlp", "conv"):
-            pictures = gan_mnist.Generator(model, latent_dim=7)(3 * torch.randn(5, 7))
-            self.assertEqual(pictures.shape, (5, 1, 28, 28))
+        for variant in self.variants:
+            generator, discriminator = self.networks(variant)
+            labels = self.labels(5)
+            pictures = generator(3 * torch.randn(5, 7), *labels)
+            self.assertEqual(pictures.shape, (5, self.channels, self.size, self.size))
             self.assertLessEqual(pictures.abs().max().item(), 1)
-            self.assertEqual(gan_mnist.Discriminator(model)(pictures).shape, (5,))
+            self.assertEqual(discriminator(pictures, *labels).shape, (5,))
 
     def test_a_run_writes_every_file(self):
-        for model in ("mlp", "conv"):
-            out = self.runs / model
+        for variant in self.variants:
+            out = self.runs / variant
             files = {str(file.relative_to(out).as_posix()) for file in out.rglob("*.*")}
             self.assertEqual(files, {
                 "images/real.png", "images/epoch_000.png", "images/epoch_002.png",
                 "images/epoch_003.png", "progress.gif", "losses.png", "history.csv",
                 "models/generator.pth", "models/discriminator.pth", "models/checkpoint.pth"})
             for grid in (out / "images").iterdir():
-                self.assertEqual(read(grid).shape, (242, 242, 3), grid)
+                self.assertEqual(read(grid).shape, self.grid_shape(variant), grid)
             self.assertEqual(frames(out / "progress.gif"), 3)
 
     def test_history_has_a_row_an_epoch(self):
-        with open(self.runs / "mlp" / "history.csv", newline="") as file:
+        with open(self.runs / self.default / "history.csv", newline="") as file:
             rows = list(csv.reader(file))
         self.assertEqual(rows[0], COLUMNS)
         self.assertEqual([row[0] for row in rows[1:]], ["1", "2", "3"])
@@ -165,7 +183,7 @@ class MnistTest(Folder):
             self.assertAlmostEqual(row[7] * row[8], 6 * 32, delta=0.01)  # 200 // 32 = 6 steps
 
     def test_every_epoch_prints_its_line(self):
-        lines = self.printed["mlp"].splitlines()
+        lines = self.printed[self.default].splitlines()
         self.assertIn("200 pictures", lines[0])
         self.assertEqual([line.split()[:2] for line in lines[1:]],
                          [["epoch", f"{epoch}/3"] for epoch in (1, 2, 3)])
@@ -174,45 +192,47 @@ class MnistTest(Folder):
         self.assertIn("LOW DIVERSITY", lines[1])  # G has not learned to vary yet
 
     def test_models_load_by_themselves_and_the_generator_is_the_average(self):
-        for model in ("mlp", "conv"):
-            models = self.runs / model / "models"
+        for variant in self.variants:
+            models = self.runs / variant / "models"
+            generator, discriminator = self.networks(variant)
             average = load(models / "generator.pth")
-            gan_mnist.Generator(model, latent_dim=7).load_state_dict(average)
-            gan_mnist.Discriminator(model).load_state_dict(load(models / "discriminator.pth"))
+            generator.load_state_dict(average)
+            discriminator.load_state_dict(load(models / "discriminator.pth"))
             checkpoint = load(models / "checkpoint.pth")
-            name = "0.weight"
+            name = next(iter(average))
             self.assertTrue(average[name].equal(checkpoint["ema"]["module." + name]))
             self.assertFalse(average[name].equal(checkpoint["generator"][name]))
             for mean in [name for name in average if name.endswith("running_mean")]:
                 self.assertGreater(average[mean].abs().max().item(), 0, "buffers are averaged too")
 
     def test_sampling_is_in_evaluation_mode_and_puts_the_mode_back(self):
-        generator = gan_mnist.Generator("conv").train()
-        z = torch.randn(4, 100)
-        alone, together = gan_mnist.sample(generator, z[:1]), gan_mnist.sample(generator, z)
-        torch.testing.assert_close(alone, together[:1])
-        self.assertTrue(generator.training)
-        self.assertFalse(together.requires_grad)
+        for variant in self.variants:
+            generator, z = self.networks(variant)[0].train(), torch.randn(4, 7)
+            alone = self.module.sample(generator, z[:1], *self.labels(1))
+            together = self.module.sample(generator, z, *self.labels(4))
+            torch.testing.assert_close(alone, together[:1])
+            self.assertTrue(generator.training)
+            self.assertFalse(together.requires_grad)
 
     def test_a_stopped_and_resumed_run_ends_in_the_same_bytes(self):
-        flags = (*TINY, "--epochs", "6", "--latent-dim", "7")
-        for model in ("mlp", "conv"):
-            whole, cut = self.folder / f"whole {model}", self.folder / f"cut {model}"
-            run("gan_mnist.py", *flags, "--model", model, "--out-dir", whole)
+        for variant, flags in self.variants.items():
+            flags = (*TINY, *flags, "--epochs", "6", "--latent-dim", "7")
+            whole, cut = self.folder / f"whole {variant}", self.folder / f"cut {variant}"
+            run(self.script, *flags, "--out-dir", whole)
             process = subprocess.Popen(
-                [sys.executable, HERE / "gan_mnist.py", *flags, "--model", model, "--out-dir", cut],
+                [sys.executable, HERE / self.script, *flags, "--out-dir", cut],
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for _ in range(2):
                 process.stdout.readline()  # the second line says that the first epoch is done
             process.send_signal(signal.SIGINT)
             text = "".join(process.communicate(timeout=60))
             self.assertNotIn("Traceback", text)
-            self.assertIn(f'python gan_mnist.py --resume --out-dir "{cut}"', text)
+            self.assertIn(f'python {self.script} --resume --out-dir "{cut}"', text)
             self.assertLess(len(load(cut / "models" / "checkpoint.pth")["history"]), 6)
-            run("gan_mnist.py", "--resume", "--out-dir", cut)
+            run(self.script, "--resume", "--out-dir", cut)
             for name in ("generator.pth", "discriminator.pth"):
                 self.assertEqual((whole / "models" / name).read_bytes(),
-                                 (cut / "models" / name).read_bytes(), f"{model} {name}")
+                                 (cut / "models" / name).read_bytes(), f"{variant} {name}")
             a, b = (load(out / "models" / "checkpoint.pth") for out in (whole, cut))
             for row, other in zip(a["history"], b["history"], strict=True):
                 self.assertEqual(row[:7], other[:7])  # all but the seconds
@@ -221,7 +241,7 @@ class MnistTest(Folder):
 
     def test_resume_takes_flags_from_the_run_but_lets_the_command_line_win(self):
         out = self.copy()
-        run("gan_mnist.py", "--resume", "--epochs", 4, "--out-dir", out)
+        run(self.script, "--resume", "--epochs", 4, "--out-dir", out)
         checkpoint = load(out / "models" / "checkpoint.pth")
         self.assertEqual([row[0] for row in checkpoint["history"]], [1, 2, 3, 4])
         self.assertEqual(checkpoint["settings"]["batch_size"], 32)
@@ -231,65 +251,55 @@ class MnistTest(Folder):
         out = self.copy()
         for name in ("images/epoch_004.png", "progress.gif", "history.csv", "models/generator.pth"):
             (out / name).write_bytes(b"half")
-        run("gan_mnist.py", "--resume", "--epochs", 3, "--out-dir", out)  # nothing left to train
+        run(self.script, "--resume", "--epochs", 3, "--out-dir", out)  # nothing left to train
         self.assertEqual(frames(out / "progress.gif"), 3)
         for name in ("history.csv", "models/generator.pth"):
-            self.assertEqual((out / name).read_bytes(), (self.runs / "mlp" / name).read_bytes())
-        run("gan_mnist.py", "--resume", "--epochs", 4, "--out-dir", out)
-        self.assertEqual(read(out / "images" / "epoch_004.png").shape, (242, 242, 3))
+            self.assertEqual((out / name).read_bytes(),
+                             (self.runs / self.default / name).read_bytes())
+        run(self.script, "--resume", "--epochs", 4, "--out-dir", out)
+        self.assertEqual(read(out / "images" / "epoch_004.png").shape,
+                         self.grid_shape(self.default))
 
     def test_the_checkpoint_alone_is_enough_to_resume(self):
         (self.folder / "models").mkdir()
-        shutil.copy(self.runs / "mlp" / "models" / "checkpoint.pth", self.folder / "models")
-        run("gan_mnist.py", "--resume", "--epochs", 4, "--out-dir", self.folder)
+        shutil.copy(self.runs / self.default / "models" / "checkpoint.pth", self.folder / "models")
+        run(self.script, "--resume", "--epochs", 4, "--out-dir", self.folder)
         self.assertEqual(frames(self.folder / "progress.gif"), 1)
         self.assertTrue((self.folder / "images" / "epoch_004.png").exists())
 
-    def test_generate_needs_the_checkpoint_alone(self):
-        for model in ("mlp", "conv"):
-            out = self.folder / model
-            (out / "models").mkdir(parents=True)
-            shutil.copy(self.runs / model / "models" / "checkpoint.pth", out / "models")
-            run("gan_mnist.py", "--generate", 501, "--out-dir", out, cwd=self.folder)
-            self.assertFalse((self.folder / "data").exists())
-            pictures = sorted((out / "generated").glob("[0-9]*.png"))
-            self.assertEqual([file.name for file in pictures],
-                             [f"{i:05d}.png" for i in range(501)])
-            pixels = np.stack([read(file) for file in pictures])
-            self.assertEqual((pixels.shape, pixels.dtype), ((501, 28, 28), np.uint8))
-            self.assertEqual(len({picture.tobytes() for picture in pixels}), 501)
-            grid = read(out / "generated" / "grid.png")
-            self.assertEqual(grid.shape, (242, 242, 3))
-            np.testing.assert_allclose(grid[2:30, 2:30, 0].astype(int), pixels[0], atol=1)
-            self.assertEqual(read(out / "generated" / "walk.png").shape, (242, 302, 3))
-            before = (out / "generated" / "00000.png").stat().st_mtime_ns
-            self.assertIn("generated", refused("gan_mnist.py", "--generate", 2, "--out-dir", out))
-            self.assertEqual((out / "generated" / "00000.png").stat().st_mtime_ns, before)
+    def generated(self, variant, count):
+        """Returns the folder that --generate makes of a checkpoint alone, and the files in it."""
+        out = self.folder / variant
+        (out / "models").mkdir(parents=True)
+        shutil.copy(self.runs / variant / "models" / "checkpoint.pth", out / "models")
+        run(self.script, "--generate", count, "--out-dir", out, cwd=self.folder)
+        self.assertFalse((self.folder / "data").exists())
+        files = sorted((out / "generated").glob("**/[0-9]*.png"), key=lambda file: file.name)
+        self.assertEqual([file.name for file in files], [f"{i:05d}.png" for i in range(count)])
+        pixels = np.stack([read(file) for file in files])
+        self.assertEqual(pixels.shape[1:3], (self.size, self.size))
+        self.assertEqual((pixels.ndim, pixels.dtype), (3 if self.channels == 1 else 4, np.uint8))
+        self.assertEqual(len({picture.tobytes() for picture in pixels}), count)
+        self.assertEqual(read(out / "generated" / "grid.png").shape, self.grid_shape(variant))
+        return out / "generated", files
 
-    def test_mnist_is_read_from_files_in_torchvisions_layout(self):
-        raw = self.folder / "my data" / "MNIST" / "raw"
-        raw.mkdir(parents=True)
-        pixels = np.random.default_rng(0).integers(0, 256, (70, 28, 28), dtype=np.uint8)
-        for split in ("train", "t10k"):
-            (raw / f"{split}-images-idx3-ubyte").write_bytes(
-                struct.pack(">IIII", 0x803, 70, 28, 28) + pixels.tobytes())
-            (raw / f"{split}-labels-idx1-ubyte").write_bytes(
-                struct.pack(">II", 0x801, 70) + bytes(70))
-        run("gan_mnist.py", "--data-dir", "my data", "--epochs", 1, "--batch-size", 70, "--out-dir",
-            "out", cwd=self.folder)
-        real = read(self.folder / "out" / "images" / "real.png")
-        for i in (0, 7, 63):
-            top, left = 2 + 30 * (i // 8), 2 + 30 * (i % 8)
-            np.testing.assert_array_equal(real[top:top + 28, left:left + 28, 1], pixels[i])
+    def test_generate_needs_the_checkpoint_alone(self):
+        for variant in self.variants:
+            folder, files = self.generated(variant, 501)  # more than sample() takes at once
+            before = files[0].stat().st_mtime_ns
+            text = refused(self.script, "--generate", 2, "--out-dir", folder.parent)
+            self.assertIn("generated", text)
+            self.assertNotIn("--resume", text)
+            self.assertEqual(files[0].stat().st_mtime_ns, before)
 
     def test_bad_flags_are_refused_with_code_2(self):
+        out = self.folder / "out"
         for flags in (("--epochs", 0), ("--batch-size", 1), ("--latent-dim", 0), ("--limit", 0),
                       ("--beta1", 1), ("--beta1", -0.1), ("--lr", 0), ("--lr", "nan"),
                       ("--sample-every", 0), ("--generate", 0), ("--seed", -1), ("--epochs", "ten"),
-                      ("--model", "gru")):
-            out = self.folder / "out"
-            self.assertIn(flags[0], refused("gan_mnist.py", *flags, "--out-dir", out, code=2))
-        self.assertIn("--epochs", run("gan_mnist.py", "--epochs", 0, "--out-dir", out, code=2))
+                      *self.bad_flags):
+            self.assertIn(flags[0], refused(self.script, *flags, "--out-dir", out, code=2))
+        self.assertIn("--epochs", run(self.script, "--epochs", 0, "--out-dir", out, code=2))
         self.assertFalse(out.exists())
 
     def test_what_cannot_work_is_refused_before_any_work(self):
@@ -307,19 +317,19 @@ class MnistTest(Folder):
                 "checkpoint.pth": ("--resume", "--out-dir", out),
                 "train first": ("--generate", 5, "--out-dir", out),
                 "--toy": ("--data-dir", self.folder / "none", "--out-dir", out),
-                "images-idx3-ubyte.gz": ("--data-dir", self.folder / "none", "--out-dir", out),
+                self.data_file: ("--data-dir", self.folder / "none", "--out-dir", out),
         }.items():
-            self.assertIn(word, refused("gan_mnist.py", *flags))
-        self.assertIn("--resume", run("gan_mnist.py", "--toy", "--out-dir", full, code=1))
+            self.assertIn(word, refused(self.script, *flags))
+        self.assertIn("--resume", run(self.script, "--toy", "--out-dir", full, code=1))
         self.assertEqual((full / "losses.png").read_text(), "mine")
         self.assertEqual(blocked.read_text(), "mine")
         self.assertEqual([file for file in out.rglob("*") if file.is_file()], [])
 
-    def test_a_checkpoint_of_another_model_or_size_is_refused(self):
+    def test_a_checkpoint_of_another_network_is_refused(self):
         out = self.copy()
-        for flags in (("--model", "conv"), ("--latent-dim", 8)):
+        for flags in (*self.others, ("--latent-dim", 8)):
             for what in (("--resume",), ("--generate", 5)):
-                self.assertIn("another", refused("gan_mnist.py", *what, *flags, "--out-dir", out))
+                self.assertIn("another", refused(self.script, *what, *flags, "--out-dir", out))
 
     def test_a_damaged_or_foreign_checkpoint_is_refused_and_runs_no_code(self):
         path = self.copy() / "models" / "checkpoint.pth"
@@ -333,19 +343,19 @@ class MnistTest(Folder):
 
         torch.save({"script": "another"}, path)
         foreign = path.read_bytes()
-        torch.save({"script": "gan_mnist", "settings": Payload()}, path)
+        torch.save({"script": self.script.removesuffix(".py"), "settings": Payload()}, path)
         payload = path.read_bytes()
         for content in (whole[:len(whole) // 2], b"", bytes(flipped), foreign, payload,
                         pickle.dumps(Payload())):
             path.write_bytes(content)
-            text = refused("gan_mnist.py", "--resume", "--out-dir", path.parents[1])
+            text = refused(self.script, "--resume", "--out-dir", path.parents[1])
             self.assertIn("damaged", text)
             self.assertFalse(trap.exists())
             self.assertEqual(path.read_bytes(), content)
 
     def test_a_loss_that_is_not_finite_stops_the_run(self):
         out = self.folder / "out"
-        text = run("gan_mnist.py", *TINY, "--lr", 1e30, "--out-dir", out, code=1)
+        text = run(self.script, *TINY, "--lr", 1e30, "--out-dir", out, code=1)
         self.assertIn("smaller --lr", text)
         self.assertTrue(all(value.isfinite().all() for value in
                             load(out / "models" / "checkpoint.pth")["ema"].values()))
@@ -355,9 +365,101 @@ class MnistTest(Folder):
         path = out / "models" / "checkpoint.pth"
         before = path.read_bytes()
         (out / "models" / "checkpoint.tmp").mkdir()  # stands in for a disk that takes no more
-        text = run("gan_mnist.py", "--resume", "--epochs", 4, "--out-dir", out, code=1)
+        text = refused(self.script, "--resume", "--epochs", 4, "--out-dir", out)
         self.assertIn("--resume", text)
         self.assertEqual(path.read_bytes(), before)
+
+    def write_idx(self, name, count):
+        """Writes random pictures in torchvision's layout of MNIST; returns them and the labels."""
+        raw, rng = self.folder / "my data" / name / "raw", np.random.default_rng(0)
+        raw.mkdir(parents=True)
+        pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = rng.integers(0, 10, count, dtype=np.uint8)
+        for split in ("train", "t10k"):
+            (raw / f"{split}-images-idx3-ubyte").write_bytes(
+                struct.pack(">IIII", 0x803, count, 28, 28) + pixels.tobytes())
+            (raw / f"{split}-labels-idx1-ubyte").write_bytes(
+                struct.pack(">II", 0x801, count) + labels.tobytes())
+        return pixels, labels
+
+    def real(self, *flags):
+        """Returns the pictures of images/real.png, row by row, after a run on "my data"."""
+        run(self.script, "--data-dir", "my data", "--epochs", 1, "--batch-size", 70, *flags,
+            "--out-dir", "out", cwd=self.folder)
+        grid, cell = read(self.folder / "out" / "images" / "real.png"), self.size + 2
+        corners = [(top, left) for top in range(2, len(grid) - 2, cell)
+                   for left in range(2, grid.shape[1] - 2, cell)]
+        return [grid[top:top + self.size, left:left + self.size] for top, left in corners]
+
+
+class MnistTest(ScriptTests, Folder):
+    script, channels = "gan_mnist.py", 1
+    variants = {"mlp": (), "conv": ("--model", "conv")}
+    columns = {"mlp": 8, "conv": 8}
+    others = (("--model", "conv"),)
+    bad_flags = (("--model", "gru"),)
+    data_file = "train-images-idx3-ubyte.gz"
+
+    def networks(self, variant):
+        return gan_mnist.Generator(variant, latent_dim=7), gan_mnist.Discriminator(variant)
+
+    def test_the_grid_shows_the_first_generated_pictures(self):
+        folder, files = self.generated("mlp", 3)
+        grid = read(folder / "grid.png")[..., 0].astype(int)
+        np.testing.assert_allclose(grid[2:30, 2:30], read(files[0]), atol=1)
+        self.assertEqual(read(folder / "walk.png").shape, self.grid_shape("mlp", columns=10))
+
+    def test_data_is_read_from_files_in_torchvisions_layout(self):
+        pixels, _ = self.write_idx("MNIST", 70)
+        real = self.real()
+        for i in (0, 7, 63):
+            np.testing.assert_array_equal(real[i][..., 0], pixels[i])
+
+
+class FashionTest(ScriptTests, Folder):
+    script, channels = "gan_fashion.py", 1
+    variants = {"plain": (), "conditional": ("--conditional",)}
+    columns = {"plain": 9, "conditional": 10}
+    others = (("--conditional",),)
+    bad_flags = (("--g-steps", 0),)
+    data_file = "train-images-idx3-ubyte.gz"
+
+    def networks(self, variant):
+        classes = 10 if variant == "conditional" else 0
+        return gan_fashion.Generator(7, classes), gan_fashion.Discriminator(classes)
+
+    def labels(self, count):
+        return torch.arange(count) % 10,
+
+    def test_the_label_changes_picture_and_logit(self):
+        generator, discriminator = self.networks("conditional")
+        z, labels = torch.randn(1, 7).expand(10, 7), torch.arange(10)
+        pictures = gan_fashion.sample(generator, z, labels)
+        self.assertEqual(len({picture.numpy().tobytes() for picture in pictures}), 10)
+        logits = discriminator.eval()(pictures[:1].expand(10, 1, 28, 28), labels)
+        self.assertEqual(logits.unique().numel(), 10)
+
+    def test_generated_pictures_are_in_folders_of_their_class(self):
+        folder, files = self.generated("conditional", 13)
+        self.assertEqual([file.parent.name for file in files],
+                         [f"{i % 10}_{'ABCDEFGHIJ'[i % 10]}" for i in range(13)])
+        self.assertEqual(read(folder / "walk.png").shape, self.grid_shape("conditional"))
+        folder, files = self.generated("plain", 3)
+        self.assertTrue(all(file.parent == folder for file in files))
+
+    def test_data_is_read_from_files_in_torchvisions_layout(self):
+        pixels, labels = self.write_idx("FashionMNIST", 300)
+        real = self.real("--conditional")  # a class a row
+        for label in (0, 9):
+            for picture, expected in zip(real[10 * label:], pixels[labels == label][:10]):
+                np.testing.assert_array_equal(picture[..., 0], expected)
+
+    def test_g_steps_sets_the_number_of_generator_updates(self):
+        out = self.folder / "out"
+        run("gan_fashion.py", *TINY, "--epochs", 1, "--g-steps", 3, "--out-dir", out)
+        checkpoint = load(out / "models" / "checkpoint.pth")
+        steps = {name: checkpoint[name]["state"][0]["step"].item() for name in ("opt_d", "opt_g")}
+        self.assertEqual(steps, {"opt_d": 6, "opt_g": 18})
 
 
 if __name__ == "__main__":
