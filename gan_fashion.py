@@ -2,15 +2,15 @@
 
 gan_mnist.py explains the game; this is how to read the line of an epoch. Losses of D 1.39 and G
 0.69 mean that D only guesses; neither says how good the pictures are. "right on" are the shares of
-real and of fake pictures that D judges right: 0.5 is guessing; near 1 for long, G learns little.
+real and of fake pictures that D judges right: 0.5 is guessing; if near 1 for long, G learns little.
 "fooled": the share of fakes that D, after its update, takes for real. Diversity: the spread of
 generated pictures over that of real ones, near 1 in a healthy run. In mode collapse G draws the
-same few over and over, as nothing in its loss asks for variety: try --g-steps 10 (10 G, 1 D).
+same few over and over, as nothing in its loss asks for variety. To see it: --g-steps 10.
 With --conditional, G and D also see the class: 0 t-shirt, 1 trouser, 2 pullover, 3 dress, 4 coat,
 5 sandal, 6 shirt, 7 sneaker, 8 bag, 9 ankle boot. Each row of a grid is then a class.
 
     python gan_fashion.py --toy --out-dir runs/toy                      # letters, no download
-    python gan_fashion.py                                               # 81 pictures as 9x9
+    python gan_fashion.py                                               # grids of 9x9 pictures
     python gan_fashion.py --conditional --out-dir runs/conditional
 """
 import argparse
@@ -35,7 +35,7 @@ from common import init_weights, save_grid
 
 def number(kind, least, below=float("inf")):
     """Returns an argparse type: a number of that kind (int or float) in [least, below)."""
-    def number(text):
+    def number(text):  # the name that argparse shows in its message
         if not least <= kind(text) < below:
             raise argparse.ArgumentTypeError(f"{text} is not in [{least}, {below})")
         return kind(text)
@@ -138,7 +138,7 @@ def train(args, device, data, labels, checkpoint):
     print(f"{len(data):,} pictures, {device}{', bfloat16' * args.bf16}, to {args.out_dir}")
     torch.manual_seed(args.seed)
     classes, n = (10, 10) if args.conditional else (0, 9)  # grids are n x n, with a class a row
-    fixed = torch.randn(1000, args.latent_dim), torch.arange(1000) // n % 10  # for every epoch
+    fixed = torch.randn(1000, args.latent_dim), torch.arange(1000) // n % 10  # in every epoch
     generator = Generator(args.latent_dim, classes).apply(init_weights).to(device)
     discriminator = Discriminator(classes).apply(init_weights).to(device)
     # G's weights circle around the optimum; their average is nearer to it, and is what we sample.
@@ -167,18 +167,18 @@ def train(args, device, data, labels, checkpoint):
         for step, batch in enumerate(order.view(steps, args.batch_size), 1):
             done = (epoch - 1) * steps + step - 1
             for group in opt_g.param_groups + opt_d.param_groups:
-                group["lr"] = args.lr * (1 - done / (args.epochs * steps))
+                group["lr"] = args.lr * (1 - done / (args.epochs * steps))  # falls to 0
             r1, penalty = done % 16 == 0, 0
             x = (data[batch] / 127.5 - 1).requires_grad_(r1)  # to [-1, 1], the range of G's tanh
             y = labels[batch]  # the fakes are of the same classes; not used unless --conditional
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
 
             # D: minimise softplus(-D(x)) + softplus(D(G(z))). Real and fake batches go in apart, so
-            # BatchNorm does not mix their statistics; detach() stops this loss before G.
+            # BatchNorm does not mix their statistics; detach() keeps this loss's gradient out of G.
             with autocast:
                 fake = generator(z, y)
                 on_fake = discriminator(fake.detach(), y)
-                on_real = discriminator.forward(x, y)  # --compile has no second derivative, for R1
+                on_real = discriminator.forward(x, y)  # .forward: not compiled, for R1
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
             if r1:
                 # R1 keeps D from growing too steep (Mescheder et al. 2018): 16-fold, 1 step in 16
@@ -188,11 +188,11 @@ def train(args, device, data, labels, checkpoint):
             (loss_d + penalty).backward()
             opt_d.step()
 
-            # G: minimise softplus(-D(G(z))) on the same fakes, with the updated D, frozen.
+            # G: minimise softplus(-D(G(z))). D is frozen: no gradients for its own weights.
             discriminator.requires_grad_(False)
             for turn in range(args.g_steps):
                 with autocast:
-                    fake = generator(torch.randn_like(z), y) if turn else fake
+                    fake = generator(torch.randn_like(z), y) if turn else fake  # D's
                     fooled = discriminator(fake, y)
                 loss_g = softplus(-fooled.float()).mean()
                 opt_g.zero_grad()
@@ -245,7 +245,7 @@ def save_run(args, run, history):
     states = {name: part.state_dict() for name, part in run.items()}
     for name, content in dict(
             checkpoint=dict(script="gan_fashion", settings=settings, history=history, **states),
-            generator=run["ema"].module.state_dict(),
+            generator=run["ema"].module.state_dict(),  # for Generator.load_state_dict
             discriminator=states["discriminator"]).items():
         # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
         path, buffer = out / "models" / f"{name}.pth", io.BytesIO()

@@ -41,7 +41,7 @@ from common import init_weights, save_grid
 
 def number(kind, least, below=float("inf")):
     """Returns an argparse type: a number of that kind (int or float) in [least, below)."""
-    def number(text):
+    def number(text):  # the name that argparse shows in its message
         if not least <= kind(text) < below:
             raise argparse.ArgumentTypeError(f"{text} is not in [{least}, {below})")
         return kind(text)
@@ -171,17 +171,17 @@ def train(args, device, data, checkpoint):
         for step, batch in enumerate(order.view(steps, args.batch_size), 1):
             done = (epoch - 1) * steps + step - 1
             for group in opt_g.param_groups + opt_d.param_groups:
-                group["lr"] = args.lr * (1 - done / (args.epochs * steps))
+                group["lr"] = args.lr * (1 - done / (args.epochs * steps))  # falls to 0
             r1, penalty = done % 16 == 0, 0
             x = (data[batch] / 127.5 - 1).requires_grad_(r1)  # to [-1, 1], the range of G's tanh
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
 
             # D: minimise softplus(-D(x)) + softplus(D(G(z))). Real and fake batches go in apart, so
-            # BatchNorm does not mix their statistics; detach() stops this loss before G.
+            # BatchNorm does not mix their statistics; detach() keeps this loss's gradient out of G.
             with autocast:
                 fake = generator(z)
                 on_fake = discriminator(fake.detach())
-                on_real = discriminator.forward(x)  # --compile has no second derivative, for R1
+                on_real = discriminator.forward(x)  # .forward: not compiled, for R1
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
             if r1:
                 # R1, gamma / 2 * |gradient|^2, keeps D from growing too steep at real pictures
@@ -248,7 +248,7 @@ def save_run(args, run, history):
     states = {name: part.state_dict() for name, part in run.items()}
     for name, content in dict(
             checkpoint=dict(script="gan_mnist", settings=settings, history=history, **states),
-            generator=run["ema"].module.state_dict(),
+            generator=run["ema"].module.state_dict(),  # for Generator.load_state_dict
             discriminator=states["discriminator"]).items():
         # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
         path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
