@@ -312,7 +312,7 @@ def main():
         (out / "models").mkdir(parents=True, exist_ok=True)
         train(args, device, load_data(args), checkpoint)
     except (KeyboardInterrupt, OSError, FloatingPointError) as error:
-        hint = f' Go on from the last whole epoch: python gan_mnist.py --resume --out-dir "{out}"'
+        hint = f'\nGo on from the last epoch: python gan_mnist.py --resume --out-dir "{out}"'
         sys.exit(f"\nStopped. {error}{hint if saved.exists() and not args.generate else ''}")
 
 
