@@ -9,7 +9,7 @@ same few over and over, as nothing in its loss asks for variety. To see it: --g-
 With --conditional, G and D also see the class: 0 t-shirt, 1 trouser, 2 pullover, 3 dress, 4 coat,
 5 sandal, 6 shirt, 7 sneaker, 8 bag, 9 ankle boot. Each row of a grid is then a class.
 
-    python gan_fashion.py --toy --out-dir runs/toy                      # letters, no download
+    python gan_fashion.py --toy --out-dir runs/toy_fashion              # letters, no download
     python gan_fashion.py                                               # grids of 9x9 pictures
     python gan_fashion.py --conditional --out-dir runs/conditional
 """
@@ -192,7 +192,7 @@ def train(args, device, data, labels, checkpoint):
             discriminator.requires_grad_(False)
             for turn in range(args.g_steps):
                 with autocast:
-                    fake = generator(torch.randn_like(z), y) if turn else fake  # D's
+                    fake = generator(torch.randn_like(z), y) if turn else fake  # first D's
                     fooled = discriminator(fake, y)
                 loss_g = softplus(-fooled.float()).mean()
                 opt_g.zero_grad()
