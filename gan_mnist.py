@@ -82,9 +82,9 @@ def load_data(args):
         fonts = [ImageFont.truetype(str(file), 22) for file in sorted(files)]
         rng, pictures = np.random.default_rng(0), []
         for i in range(min(args.limit or 6000, 6000)):
-            picture, place = Image.new("L", (28, 28)), (rng.uniform(12, 16), rng.uniform(12, 16))
-            ImageDraw.Draw(picture).text(place, str(i % 10), 255, rng.choice(fonts), anchor="mm")
-            pictures.append(np.array(picture.rotate(rng.uniform(-12, 12))))
+            tile, place = Image.new("L", (28, 28)), (rng.uniform(12, 16), rng.uniform(12, 16))
+            ImageDraw.Draw(tile).text(place, str(i % 10), 255, rng.choice(fonts), anchor="mm")
+            pictures.append(np.array(tile.rotate(rng.uniform(-12, 12))))
         return torch.from_numpy(np.stack(pictures))[:, None]
     try:
         return MNIST(args.data_dir, train=True, download=True).data[:args.limit, None]
