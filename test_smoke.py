@@ -1,11 +1,13 @@
 """Tests of what a user sees: run them with  python -m unittest  (pytest collects them too).
 
-Trainings are the real command in a process of its own, on --toy pictures or on small files written
-here; refusals call main() with the same flags, to spare the start of a process. Nothing is
-downloaded.
+They run the real commands on --toy pictures or on small files written here; most call main() with
+the same flags, to spare the start of a process. Nothing is downloaded.
 """
+import argparse
 import contextlib
 import csv
+import functools
+import hashlib
 import importlib
 import io
 import os
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +28,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import dcgan_cifar10
 import gan_fashion
 import gan_mnist
 from common import init_weights, save_grid
@@ -36,10 +40,10 @@ TINY = ("--toy", "--limit", "200", "--batch-size", "32")
 NO_NETWORK = dict(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9", no_proxy="")
 
 
-def run(script, *flags, code=0, cwd=None):
+def run(script, *flags, code=0):
     """Runs a script, asserts its exit code and returns what it printed, errors included."""
     done = subprocess.run([sys.executable, "-W", "error", HERE / script, *map(str, flags)],
-                          capture_output=True, text=True, cwd=cwd, timeout=300,
+                          capture_output=True, text=True, timeout=300,
                           env={**os.environ, **NO_NETWORK})
     text = done.stdout + done.stderr
     assert done.returncode == code, f"{flags}: exit code {done.returncode}, not {code}\n{text}"
@@ -47,19 +51,24 @@ def run(script, *flags, code=0, cwd=None):
     return text
 
 
-def refused(script, *flags, code=1):
-    """Calls a script's main(), asserts that it exits with that code and returns the message."""
-    errors = io.StringIO()
-    with mock.patch("sys.argv", [script, *map(str, flags)]), contextlib.redirect_stderr(errors), \
-            mock.patch.dict(os.environ, NO_NETWORK), contextlib.redirect_stdout(io.StringIO()):
+def call(script, *flags, code=0):
+    """Does the same by main() in this process."""
+    printed, found = io.StringIO(), 0
+    with mock.patch("sys.argv", [script, *map(str, flags)]), warnings.catch_warnings(), \
+            mock.patch.dict(os.environ, NO_NETWORK), contextlib.redirect_stdout(printed), \
+            contextlib.redirect_stderr(printed):
+        warnings.simplefilter("error")
         try:
             importlib.import_module(script.removesuffix(".py")).main()
-            raise AssertionError(f"{flags} were not refused")
         except SystemExit as stop:  # sys.exit(text) prints the text and exits with code 1
-            text = stop.code if isinstance(stop.code, str) else errors.getvalue()
-            found = 1 if isinstance(stop.code, str) else stop.code
+            text = isinstance(stop.code, str)
+            found = printed.write(stop.code) and 1 if text else stop.code
+    text = printed.getvalue()
     assert found == code, f"{flags}: exit code {found}, not {code}\n{text}"
     return text
+
+
+refused = functools.partial(call, code=1)
 
 
 def read(path):
@@ -218,7 +227,7 @@ class ScriptTests:
         for variant, flags in self.variants.items():
             flags = (*TINY, *flags, "--epochs", "6", "--latent-dim", "7")
             whole, cut = self.folder / f"whole {variant}", self.folder / f"cut {variant}"
-            run(self.script, *flags, "--out-dir", whole)
+            call(self.script, *flags, "--out-dir", whole)
             process = subprocess.Popen(
                 [sys.executable, HERE / self.script, *flags, "--out-dir", cut],
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -229,7 +238,7 @@ class ScriptTests:
             self.assertNotIn("Traceback", text)
             self.assertIn(f'python {self.script} --resume --out-dir "{cut}"', text)
             self.assertIn(len(load(cut / "models" / "checkpoint.pth")["history"]), range(1, 6))
-            run(self.script, "--resume", "--out-dir", cut)
+            call(self.script, "--resume", "--out-dir", cut)
             for name in ("generator.pth", "discriminator.pth"):
                 self.assertEqual((whole / "models" / name).read_bytes(),
                                  (cut / "models" / name).read_bytes(), f"{variant} {name}")
@@ -241,7 +250,7 @@ class ScriptTests:
 
     def test_resume_takes_flags_from_the_run_but_lets_the_command_line_win(self):
         out = self.copy()
-        run(self.script, "--resume", "--epochs", 4, "--out-dir", out)
+        call(self.script, "--resume", "--epochs", 4, "--out-dir", out)
         checkpoint = load(out / "models" / "checkpoint.pth")
         self.assertEqual([row[0] for row in checkpoint["history"]], [1, 2, 3, 4])
         self.assertEqual(checkpoint["settings"]["batch_size"], 32)
@@ -251,19 +260,19 @@ class ScriptTests:
         out = self.copy()
         for name in ("images/epoch_004.png", "progress.gif", "history.csv", "models/generator.pth"):
             (out / name).write_bytes(b"half")
-        run(self.script, "--resume", "--epochs", 3, "--out-dir", out)  # nothing left to train
+        call(self.script, "--resume", "--epochs", 3, "--out-dir", out)  # nothing left to train
         self.assertEqual(frames(out / "progress.gif"), 3)
         for name in ("history.csv", "models/generator.pth"):
             self.assertEqual((out / name).read_bytes(),
                              (self.runs / self.default / name).read_bytes())
-        run(self.script, "--resume", "--epochs", 4, "--out-dir", out)
+        call(self.script, "--resume", "--epochs", 4, "--out-dir", out)
         self.assertEqual(read(out / "images" / "epoch_004.png").shape,
                          self.grid_shape(self.default))
 
     def test_the_checkpoint_alone_is_enough_to_resume(self):
         (self.folder / "models").mkdir()
         shutil.copy(self.runs / self.default / "models" / "checkpoint.pth", self.folder / "models")
-        run(self.script, "--resume", "--epochs", 4, "--out-dir", self.folder)
+        call(self.script, "--resume", "--epochs", 4, "--out-dir", self.folder)
         self.assertEqual(frames(self.folder / "progress.gif"), 1)
         self.assertTrue((self.folder / "images" / "epoch_004.png").exists())
 
@@ -272,11 +281,18 @@ class ScriptTests:
         out = self.folder / variant
         (out / "models").mkdir(parents=True)
         shutil.copy(self.runs / variant / "models" / "checkpoint.pth", out / "models")
-        run(self.script, "--generate", count, "--out-dir", out, cwd=self.folder)
-        self.assertFalse((self.folder / "data").exists())
+        data = self.folder / "no data"
+        call(self.script, "--generate", count, "--data-dir", data, "--out-dir", out)
+        self.assertFalse(data.exists())
         files = sorted((out / "generated").glob("**/[0-9]*.png"), key=lambda file: file.name)
         self.assertEqual([file.name for file in files], [f"{i:05d}.png" for i in range(count)])
         pixels = np.stack([read(file) for file in files])
+        generator = self.networks(variant)[0]
+        generator.load_state_dict(load(self.runs / variant / "models" / "generator.pth"))
+        torch.manual_seed(0)
+        expected = self.module.sample(generator, torch.randn(count, 7), *self.labels(count))
+        expected = ((expected + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+        np.testing.assert_allclose(pixels.reshape(expected.shape), expected, atol=1.5)
         self.assertEqual(pixels.shape[1:3], (self.size, self.size))
         self.assertEqual((pixels.ndim, pixels.dtype), (3 if self.channels == 1 else 4, np.uint8))
         self.assertEqual(len({picture.tobytes() for picture in pixels}), count)
@@ -355,7 +371,7 @@ class ScriptTests:
 
     def test_a_loss_that_is_not_finite_stops_the_run(self):
         out = self.folder / "out"
-        text = run(self.script, *TINY, "--lr", 1e30, "--out-dir", out, code=1)
+        text = refused(self.script, *TINY, "--lr", 1e30, "--out-dir", out)
         self.assertIn("smaller --lr", text)
         self.assertTrue(all(value.isfinite().all() for value in
                             load(out / "models" / "checkpoint.pth")["ema"].values()))
@@ -384,8 +400,8 @@ class ScriptTests:
 
     def real(self, *flags):
         """Returns the pictures of images/real.png, row by row, after a run on "my data"."""
-        run(self.script, "--data-dir", "my data", "--epochs", 1, "--batch-size", 70, *flags,
-            "--out-dir", "out", cwd=self.folder)
+        call(self.script, "--data-dir", self.folder / "my data", "--epochs", 1, "--batch-size", 70,
+             *flags, "--out-dir", self.folder / "out")
         grid, cell = read(self.folder / "out" / "images" / "real.png"), self.size + 2
         corners = [(top, left) for top in range(2, len(grid) - 2, cell)
                    for left in range(2, grid.shape[1] - 2, cell)]
@@ -456,10 +472,99 @@ class FashionTest(ScriptTests, Folder):
 
     def test_g_steps_sets_the_number_of_generator_updates(self):
         out = self.folder / "out"
-        run("gan_fashion.py", *TINY, "--epochs", 1, "--g-steps", 3, "--out-dir", out)
+        call("gan_fashion.py", *TINY, "--epochs", 1, "--g-steps", 3, "--out-dir", out)
         checkpoint = load(out / "models" / "checkpoint.pth")
         steps = {name: checkpoint[name]["state"][0]["step"].item() for name in ("opt_d", "opt_g")}
         self.assertEqual(steps, {"opt_d": 6, "opt_g": 18})
+
+
+class CifarTest(ScriptTests, Folder):
+    script, channels, size = "dcgan_cifar10.py", 3, 32
+    variants = {"plain": (), "conditional": ("--conditional",)}
+    columns = {"plain": 8, "conditional": 10}
+    others = (("--conditional",),)
+    bad_flags = ()
+    data_file = "cifar-10-python.tar.gz"
+
+    def networks(self, variant):
+        classes = 10 if variant == "conditional" else 0
+        return dcgan_cifar10.Generator(7, classes), dcgan_cifar10.Discriminator(classes)
+
+    def labels(self, count):
+        return torch.arange(count) % 10,
+
+    @contextlib.contextmanager
+    def cifar(self, count):
+        """Writes random pictures in CIFAR-10's layout, with their checksums in torchvision's place.
+
+        Yields the pictures, N x 32 x 32 x 3, and their labels.
+        """
+        folder, rng = self.folder / "my data" / "cifar-10-batches-py", np.random.default_rng(0)
+        folder.mkdir(parents=True)
+        pixels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        labels = rng.integers(0, 10, count)
+        rows = pixels.transpose(0, 3, 1, 2).reshape(count, 3072)
+        sums = {}
+        for name, content in {
+                "data_batch_1": dict(data=rows[:count // 2], labels=labels[:count // 2].tolist()),
+                "data_batch_2": dict(data=rows[count // 2:], labels=labels[count // 2:].tolist()),
+                "batches.meta": dict(label_names=list(dcgan_cifar10.CLASSES))}.items():
+            (folder / name).write_bytes(pickle.dumps(content))
+            sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+        meta = dict(filename="batches.meta", key="label_names", md5=sums.pop("batches.meta"))
+        with mock.patch.multiple(dcgan_cifar10.CIFAR10, train_list=list(sums.items()), test_list=[],
+                                 meta=meta):
+            yield pixels, labels
+
+    def test_data_is_read_from_files_in_torchvisions_layout(self):
+        with self.cifar(300) as (pixels, labels):
+            real = self.real("--conditional")  # a class a row
+        for label in (0, 9):
+            for picture, expected in zip(real[10 * label:], pixels[labels == label][:10]):
+                np.testing.assert_array_equal(picture, expected)
+
+    def seen(self, *flags):
+        """Returns the set of real pictures that D saw in an epoch, as bytes of H x W x C."""
+        batches, forward = [], dcgan_cifar10.Discriminator.forward
+
+        def record(network, x, labels):
+            batches.append(x.detach())
+            return forward(network, x, labels)
+
+        with mock.patch.object(dcgan_cifar10.Discriminator, "forward", record):
+            call(self.script, *flags, "--epochs", 1, "--batch-size", 50, "--out-dir",
+                 self.folder / "out")
+        self.assertTrue(all(x.is_contiguous(memory_format=torch.channels_last) for x in batches))
+        pixels = ((torch.cat(batches[1::3]) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+        return {picture.numpy().tobytes() for picture in pixels}
+
+    def test_half_of_the_real_pictures_are_mirrored_and_no_letters(self):
+        with self.cifar(100) as (pixels, _):
+            seen = self.seen("--data-dir", self.folder / "my data")
+        plain, mirrored = ({picture.tobytes() for picture in some}
+                           for some in (pixels, pixels[:, :, ::-1]))
+        self.assertEqual(seen - plain - mirrored, set())
+        self.assertIn(len(seen & plain), range(25, 76))
+        shutil.rmtree(self.folder / "out")
+        letters, _ = dcgan_cifar10.load_data(argparse.Namespace(toy=True, limit=100))
+        letters = {picture.numpy().tobytes() for picture in letters.permute(0, 2, 3, 1)}
+        self.assertEqual(self.seen("--toy", "--limit", 100) - letters, set())
+
+    def test_grids_and_the_gif_are_in_colour(self):
+        out = self.runs / "plain"
+        last = read(out / "images" / "real.png")
+        self.assertGreater((last.max(2) - last.min(2)).max(), 50)
+        with Image.open(out / "progress.gif") as picture:
+            picture.seek(2)
+            frame, grid = np.asarray(picture.convert("RGB")), read(out / "images" / "epoch_003.png")
+        self.assertLess(np.abs(frame.astype(int) - grid).mean(), 8)
+
+    def test_generated_pictures_are_in_folders_of_their_class(self):
+        folder, files = self.generated("conditional", 13)
+        self.assertEqual([file.parent.name for file in files],
+                         [f"{i % 10}_{'ABCDEFGHIJ'[i % 10]}" for i in range(13)])
+        folder, files = self.generated("plain", 3)
+        self.assertTrue(all(file.parent == folder for file in files))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,330 @@
+"""The DCGAN on CIFAR-10: the rules that made convolutional GANs train, in colour.
+
+Radford et al. 2015 found them by trial; most GANs since have kept them. Each number stands again
+beside the line of code that follows the rule.
+
+    1  No pooling: D halves a picture by strided convolutions, G doubles it by transposed ones.
+    2  No dense hidden layers: G reshapes z to 1 x 1 pixels, D ends in one convolution over all.
+    3  BatchNorm after every layer, but for G's last and D's first, which must see real colours.
+    4  ReLU in G, tanh at its end, so pictures are in [-1, 1].
+    5  LeakyReLU of slope 0.2 in D.
+    6  Weights start from N(0, 0.02).
+    7  Adam with a step of 0.0002 and beta1 of 0.5, batches of 128.
+
+DEPARTURES
+
+    python dcgan_cifar10.py --toy --out-dir runs/toy_cifar10            # letters, no download
+    python dcgan_cifar10.py                                             # grids of 8x8 pictures
+    python dcgan_cifar10.py --conditional --out-dir runs/cifar10_classes
+"""
+import argparse
+import io
+import sys
+import time
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.nn.functional import one_hot, softplus
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.datasets import CIFAR10
+
+from common import init_weights, save_grid
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def number(kind, least, below=float("inf")):
+    """Returns an argparse type: a number of that kind (int or float) in [least, below)."""
+    def number(text):  # the name that argparse shows in its message
+        if not least <= kind(text) < below:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{least}, {below})")
+        return kind(text)
+    return number
+
+
+def parse_args(settings=None):
+    """Returns the flags; those not given come from a checkpoint's settings, where passed."""
+    parser = argparse.ArgumentParser(usage="python dcgan_cifar10.py [flags]; -h lists them")
+    flag, count = parser.add_argument, number(int, 1)
+    flag("--conditional", action="store_true", help="show G and D the class of a picture")
+    flag("--epochs", type=count, help="passes over the data (70; 15 with --toy)")
+    flag("--batch-size", type=number(int, 2), default=64, help="real pictures an update (64)")
+    flag("--lr", type=number(float, 1e-9), default=2e-3, help="Adam's step, falling to 0 (0.002)")
+    flag("--beta1", type=number(float, 0, 1), default=0.5, help="Adam's decay of gradients (0.5)")
+    flag("--latent-dim", type=count, default=100, help="numbers in a latent vector z (100)")
+    flag("--sample-every", type=count, default=1, help="epochs from one saved grid to the next (1)")
+    flag("--data-dir", default="data", help="the data set's folder, filled by download (data)")
+    flag("--out-dir", default="runs/dcgan_cifar10", help="where all is written (runs/dcgan_cifar10)")
+    flag("--limit", type=count, help="use the first so many pictures only (all)")
+    flag("--toy", action="store_true", help="learn letters drawn on the spot, without a download")
+    flag("--seed", type=number(int, 0, 2**32), default=0, help="start of the random numbers (0)")
+    flag("--device", help="cpu, cuda, cuda:1, mps ... (an accelerator if there is one)")
+    flag("--bf16", action=argparse.BooleanOptionalAction, help="compute in bfloat16 (if native)")
+    flag("--compile", action="store_true", help="torch.compile both (wants a C++ compiler)")
+    flag("--resume", action="store_true", help="go on with the run in --out-dir")
+    flag("--generate", type=count, metavar="N", help="only write N pictures by --out-dir's G")
+    args = parser.parse_args(namespace=argparse.Namespace(**(settings or {})))
+    args.epochs = args.epochs or (15 if args.toy else 70)
+    return args
+
+
+def load_data(args):
+    """Returns the 50,000 training pictures, or toy ones, uint8 N x 3 x 32 x 32, and labels N."""
+    if args.toy:  # letters in matplotlib's fonts, each by chance in font, colours, place and angle
+        files = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVuS*[!y].ttf")
+        fonts = [ImageFont.truetype(str(file), 26) for file in sorted(files)]
+        rng, pictures = np.random.default_rng(0), []
+        for i in range(min(args.limit or 6000, 6000)):
+            dark, light = (tuple(rng.integers(least, least + 96, 3).tolist()) for least in (0, 160))
+            tile, place = Image.new("RGB", (32, 32), dark), rng.uniform(14, 18, 2).tolist()
+            ImageDraw.Draw(tile).text(place, chr(65 + i % 10), light, rng.choice(fonts), anchor="mm")
+            pictures.append(np.array(tile.rotate(rng.uniform(-12, 12), fillcolor=dark)))
+        pictures, labels = np.stack(pictures), np.arange(len(pictures)) % 10
+    else:
+        try:
+            data = CIFAR10(args.data_dir, train=True, download=True)
+        except Exception as error:  # torchvision raises many kinds
+            sys.exit(f"CIFAR-10 cannot be read from {args.data_dir} nor fetched: {error}\nPut "
+                     f"{CIFAR10.filename} into {args.data_dir} by hand, or run without a download: "
+                     f"python dcgan_cifar10.py --toy")
+        pictures, labels = data.data[:args.limit], np.array(data.targets[:args.limit])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(labels)
+
+
+class Generator(nn.Sequential):
+    """Latent vectors N x latent_dim, and labels N if classes > 0, to N x 3 x 32 x 32 in [-1, 1]."""
+    def __init__(self, latent_dim=100, classes=0):
+        super().__init__(
+            nn.Unflatten(1, (latent_dim + classes, 1, 1)),
+            nn.ConvTranspose2d(latent_dim + classes, 192, 4, bias=False),
+            nn.BatchNorm2d(192), nn.ReLU(),                                             # 192x4x4
+            nn.ConvTranspose2d(192, 96, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(96), nn.ReLU(),                                              # 96x8x8
+            nn.ConvTranspose2d(96, 48, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(48), nn.ReLU(),                                              # 48x16x16
+            nn.ConvTranspose2d(48, 3, 4, stride=2, padding=1), nn.Tanh())               # 3x32x32
+        self.classes = classes
+
+    def forward(self, z, labels=None):
+        z = torch.cat([z, one_hot(labels, self.classes)], 1) if self.classes else z
+        return super().forward(z)
+
+
+class Discriminator(nn.Sequential):
+    """Pictures N x 3 x 32 x 32 in [-1, 1], and labels N if classes > 0, to logits N."""
+    def __init__(self, classes=0):
+        super().__init__(
+            nn.Conv2d(3, 48, 4, stride=2, padding=1), nn.LeakyReLU(0.2),                # 48x16x16
+            nn.Conv2d(48, 96, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(96), nn.LeakyReLU(0.2),                                      # 96x8x8
+            nn.Conv2d(96, 192, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(192), nn.LeakyReLU(0.2),                                     # 192x4x4
+            nn.Conv2d(192, max(classes, 1), 4), nn.Flatten())
+
+    def forward(self, x, labels=None):
+        logits = super().forward(x)  # N x 1, or one for each class, of which the label picks one
+        return logits.gather(1, labels[:, None])[:, 0] if logits.size(1) > 1 else logits[:, 0]
+
+
+@torch.no_grad()
+def sample(generator, z, labels):
+    """Returns G's pictures, N x 3 x 32 x 32 on the CPU, for z N x latent_dim and labels N."""
+    mode, device = generator.training, next(generator.parameters()).device
+    generator.eval()  # with BatchNorm's running statistics a picture depends on its own z alone
+    parts = zip(z.to(device).split(500), labels.to(device).split(500))
+    pictures = torch.cat([generator(*part).float().cpu() for part in parts])
+    generator.train(mode)
+    return pictures
+
+
+def train(args, device, data, labels, checkpoint):
+    """Trains on uint8 N x 3 x 32 x 32; raises FloatingPointError if a loss is not finite."""
+    if len(data) < args.batch_size:
+        sys.exit(f"{len(data)} pictures do not fill a batch: lower --batch-size {args.batch_size}.")
+    print(f"{len(data):,} pictures, {device}{', bfloat16' * args.bf16}, to {args.out_dir}")
+    torch.manual_seed(args.seed)
+    classes, n = (10, 10) if args.conditional else (0, 8)  # grids are n x n, with a class a row
+    fixed = torch.randn(1000, args.latent_dim), torch.arange(1000) // n % 10  # in every epoch
+    generator = Generator(args.latent_dim, classes).apply(init_weights).to(device)  # rule 6
+    discriminator = Discriminator(classes).apply(init_weights).to(device)
+    for network in (generator, discriminator):  # as in the data, a pixel's colours lie together:
+        network.to(memory_format=torch.channels_last)  # convolutions are faster so
+    # G's weights circle around the optimum; their average is nearer to it, and is what we sample.
+    ema = AveragedModel(generator, use_buffers=True)
+    opt_g = torch.optim.Adam(generator.parameters(), betas=(args.beta1, 0.999), fused=True)
+    opt_d = torch.optim.Adam(discriminator.parameters(), betas=(args.beta1, 0.999), fused=True)
+    run = dict(generator=generator, discriminator=discriminator, ema=ema, opt_g=opt_g, opt_d=opt_d)
+    for name, part in run.items() if checkpoint else ():
+        part.load_state_dict(checkpoint[name])
+    history, images = checkpoint["history"] if checkpoint else [], Path(args.out_dir, "images")
+    save_run(args, run, history)
+    if not history:
+        rows = [data[labels == k][:n] for k in range(10)] if args.conditional else [data[:n * n]]
+        save_grid(torch.cat(rows) / 127.5 - 1, images / "real.png", n)
+        save_grid(sample(ema, *fixed)[:n * n], images / "epoch_000.png", n)
+    if args.compile:  # in place: the names in the checkpoint stay as they are
+        generator.compile(), discriminator.compile()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    real_std, began = (data[:10_000] / 127.5).std(0).mean().item(), time.perf_counter()
+    data, labels, steps = data.to(device), labels.to(device), len(data) // args.batch_size
+
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        torch.manual_seed(args.seed * 10_000 + epoch)  # resumed or not: the same numbers
+        order = torch.randperm(len(data), device=device)[:steps * args.batch_size]
+        sums, shown = torch.zeros(5, device=device), time.perf_counter()
+        for step, batch in enumerate(order.view(steps, args.batch_size), 1):
+            done = (epoch - 1) * steps + step - 1
+            for group in opt_g.param_groups + opt_d.param_groups:
+                group["lr"] = args.lr * (1 - done / (args.epochs * steps))  # falls to 0
+            x = data[batch] / 127.5 - 1  # to [-1, 1], the range of G's tanh
+            if not args.toy:  # a random half is mirrored: no class but letters minds
+                x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+            y = labels[batch]  # the fakes are of the same classes; not used unless --conditional
+            z = torch.randn(args.batch_size, args.latent_dim, device=device)
+
+            # D: minimise softplus(-D(x)) + softplus(D(G(z))). Real and fake batches go in apart, so
+            # BatchNorm does not mix their statistics; detach() keeps this loss's gradient out of G.
+            with autocast:
+                fake = generator(z, y)
+                on_fake = discriminator(fake.detach(), y)
+                on_real = discriminator.forward(x, y)  # .forward: not compiled, as that can only
+                # go through BatchNorm once before backward()
+            loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
+            opt_d.zero_grad()
+            loss_d.backward()
+            opt_d.step()
+
+            # G: minimise softplus(-D(G(z))). D is frozen: no gradients for its own weights.
+            discriminator.requires_grad_(False)
+            with autocast:
+                fooled = discriminator(fake, y)
+            loss_g = softplus(-fooled.float()).mean()
+            opt_g.zero_grad()
+            loss_g.backward()
+            opt_g.step()
+            discriminator.requires_grad_(True)
+            ema.multi_avg_fn = get_ema_multi_avg_fn(min(0.998, (done + 1) / (done + 10)))
+            ema.update_parameters(generator)  # takes in 0.2 % at a step, more in the first steps
+            # Summed on the device: reading numbers at every step would make the CPU wait for them.
+            shares = [(logits > 0).float().mean() for logits in (on_real, -on_fake, fooled)]
+            sums += torch.stack([loss_d.detach(), loss_g.detach(), *shares])
+            if sys.stdout.isatty() and time.perf_counter() - shown > 1:
+                shown = time.perf_counter()
+                speed, left = step / (shown - began), (args.epochs - epoch + 1) * steps - step
+                print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  {left / speed:.0f} s left"
+                      f"  {speed * args.batch_size:,.0f} pictures/s    ", end="\r", flush=True)
+
+        pictures, seconds = sample(ema, *fixed), time.perf_counter() - began
+        began += seconds
+        history.append([epoch, *(sums / steps).tolist(), pictures.std(0).mean().item() / real_std,
+                        seconds, steps * args.batch_size / seconds])
+        if not np.isfinite(history[-1]).all():
+            raise FloatingPointError("A loss is not finite: try a smaller --lr.")
+        if epoch % args.sample_every == 0 or epoch == args.epochs:
+            save_grid(pictures[:n * n], images / f"epoch_{epoch:03d}.png", n)
+        save_run(args, run, history)
+
+
+def save_run(args, run, history):
+    """Writes history.csv, losses.png, progress.gif and models/; prints the last epoch's line."""
+    out = Path(args.out_dir)
+    if history:
+        header = "epoch,loss_d,loss_g,acc_real,acc_fake,fooled,diversity,seconds,images_per_s"
+        print("epoch {}/{}  loss D {:.3f} G {:.3f}  right on real {:.2f} fake {:.2f}  fooled {:.2f}"
+              "  diversity {:.2f}  {:.1f} s  {:,.0f} pictures/s".format(len(history), args.epochs,
+              *history[-1][1:]), " LOW DIVERSITY" * (history[-1][6] < 0.5), flush=True)
+        table = np.array(history)
+        np.savetxt(out / "history.csv", table, "%.6g", ",", header=header, comments="")
+        axes = matplotlib.figure.Figure(figsize=(10, 4)).subplots()
+        axes.plot(table[:, 0], table[:, 1:7], label=header.split(",")[1:7])
+        axes.legend(title="by epoch")
+        axes.figure.savefig(out / "losses.png")
+        files = [out / "images" / f"epoch_{i:03d}.png" for i in range(len(history) + 1)]
+        frames = [Image.open(file) for file in files if file.exists()]
+        if frames:  # there are none if only the checkpoint was kept
+            frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
+                           duration=200, loop=0)
+    settings = {name: value for name, value in vars(args).items()
+                if name not in ("out_dir", "device", "resume", "generate")}
+    states = {name: part.state_dict() for name, part in run.items()}
+    for name, content in dict(
+            checkpoint=dict(script="dcgan_cifar10", settings=settings, history=history, **states),
+            generator=run["ema"].module.state_dict(),  # for Generator.load_state_dict
+            discriminator=states["discriminator"]).items():
+        # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
+        path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
+        torch.save(content, buffer)
+        path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
+        path.with_suffix(".tmp").replace(path)
+
+
+def load_checkpoint(path):
+    """Returns the checkpoint; exits if it is missing, damaged or another script's."""
+    with suppress(Exception):  # of many kinds, by what is wrong with the file
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare the checksums
+        # weights_only admits tensors and plain values alone: a stranger's file cannot run code.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not damaged and checkpoint["script"] == "dcgan_cifar10":
+            return checkpoint
+    sys.exit(f"{path} is missing, damaged or not dcgan_cifar10.py's: train first, or set --out-dir.")
+
+
+def generate(args, device, checkpoint):
+    """Writes args.generate PNG files, a grid and a walk to generated/; OSError if it cannot."""
+    ema = AveragedModel(Generator(args.latent_dim, 10 * args.conditional)).to(device)
+    ema.load_state_dict(checkpoint["ema"])
+    names = "ABCDEFGHIJ" if args.toy else CLASSES
+    folder, n = Path(args.out_dir, "generated"), 10 if args.conditional else 8
+    folder.mkdir()  # or FileExistsError: nothing is overwritten
+    torch.manual_seed(args.seed)
+    z, y = torch.randn(args.generate, args.latent_dim), torch.arange(args.generate) % 10
+    for i, pixels in enumerate(((sample(ema, z, y) + 1) * 127.5).round().byte().numpy()):
+        place = folder / f"{i % 10}_{names[i % 10]}" if args.conditional else folder
+        place.mkdir(exist_ok=True)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(place / f"{i:05d}.png")
+    z, y = torch.randn(n * n, args.latent_dim), torch.arange(n * n) // n
+    save_grid(sample(ema, z, y), folder / "grid.png", n)
+    # Rows of the walk are quarter circles: a line would pass too near to 0, where G saw few z.
+    a, b = torch.randn(2, n, 1, args.latent_dim)
+    t = torch.linspace(0, torch.pi / 2, n)[:, None]
+    save_grid(sample(ema, (a * t.cos() + b * t.sin()).flatten(0, 1), y), folder / "walk.png", n)
+
+
+def main():
+    args, checkpoint = parse_args(), None
+    out, saved = Path(args.out_dir), Path(args.out_dir, "models", "checkpoint.pth")
+    if args.resume or args.generate:
+        checkpoint = load_checkpoint(saved)
+        old = checkpoint["settings"]
+        args = parse_args(old)
+        if (args.conditional, args.latent_dim) != (old["conditional"], old["latent_dim"]):
+            sys.exit(f"{saved} has another --conditional or --latent-dim: leave these flags out.")
+    elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
+        sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")
+    try:
+        device = torch.device(args.device or torch.accelerator.current_accelerator(True) or "cpu")
+        torch.ones(1, device=device).cpu()
+    except Exception as error:  # of many kinds, by what is missing
+        sys.exit(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    if args.bf16 is None:  # where it is not native it is slower than float32
+        native = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+        args.bf16 = (torch.cuda.is_bf16_supported(False) if device.type == "cuda"
+                     else device.type == "cpu" and native.get("avx512_bf16", False))
+    try:
+        if args.generate:
+            return generate(args, device, checkpoint)
+        (out / "models").mkdir(parents=True, exist_ok=True)
+        train(args, device, *load_data(args), checkpoint)
+    except (KeyboardInterrupt, OSError, FloatingPointError) as error:
+        hint = f'\nGo on from the last epoch: python dcgan_cifar10.py --resume --out-dir "{out}"'
+        sys.exit(f"\nStopped. {error}{hint if saved.exists() and not args.generate else ''}")
+
+
+if __name__ == "__main__":
+    main()
