@@ -83,8 +83,8 @@ def load_data(args):
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), torch.arange(i + 1) % 10
     try:
         data = CIFAR10(args.data_dir, train=True, download=True)
-        data, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
-        return data[:args.limit], labels[:args.limit]
+        data, labels = torch.from_numpy(data.data).contiguous(), torch.tensor(data.targets)
+        return data[:args.limit].permute(0, 3, 1, 2), labels[:args.limit]
     except Exception as error:  # torchvision raises many kinds
         sys.exit(f"CIFAR-10 cannot be read from {args.data_dir} nor fetched: {error}\nPut "
                  f"{CIFAR10.filename} there by hand, or try: python dcgan_cifar10.py --toy")
