@@ -287,12 +287,6 @@ class ScriptTests:
         files = sorted((out / "generated").glob("**/[0-9]*.png"), key=lambda file: file.name)
         self.assertEqual([file.name for file in files], [f"{i:05d}.png" for i in range(count)])
         pixels = np.stack([read(file) for file in files])
-        generator = self.networks(variant)[0]
-        generator.load_state_dict(load(self.runs / variant / "models" / "generator.pth"))
-        torch.manual_seed(0)
-        expected = self.module.sample(generator, torch.randn(count, 7), *self.labels(count))
-        expected = ((expected + 1) * 127.5).permute(0, 2, 3, 1).numpy()
-        np.testing.assert_allclose(pixels.reshape(expected.shape), expected, atol=1.5)
         self.assertEqual(pixels.shape[1:3], (self.size, self.size))
         self.assertEqual((pixels.ndim, pixels.dtype), (3 if self.channels == 1 else 4, np.uint8))
         self.assertEqual(len({picture.tobytes() for picture in pixels}), count)
@@ -302,6 +296,13 @@ class ScriptTests:
     def test_generate_needs_the_checkpoint_alone(self):
         for variant in self.variants:
             folder, files = self.generated(variant, 501)  # more than sample() takes at once
+            generator = self.networks(variant)[0]
+            generator.load_state_dict(load(self.runs / variant / "models" / "generator.pth"))
+            torch.manual_seed(0)
+            expected = self.module.sample(generator, torch.randn(501, 7), *self.labels(501))
+            expected = ((expected + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+            pixels = np.stack([read(file) for file in files]).reshape(expected.shape)
+            np.testing.assert_allclose(pixels, expected, atol=1.5)
             before = files[0].stat().st_mtime_ns
             text = refused(self.script, "--generate", 2, "--out-dir", folder.parent)
             self.assertIn("generated", text)
@@ -508,7 +509,7 @@ class CifarTest(ScriptTests, Folder):
         for name, content in {
                 "data_batch_1": dict(data=rows[:count // 2], labels=labels[:count // 2].tolist()),
                 "data_batch_2": dict(data=rows[count // 2:], labels=labels[count // 2:].tolist()),
-                "batches.meta": dict(label_names=list(dcgan_cifar10.CLASSES))}.items():
+                "batches.meta": dict(label_names=[])}.items():
             (folder / name).write_bytes(pickle.dumps(content))
             sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
         meta = dict(filename="batches.meta", key="label_names", md5=sums.pop("batches.meta"))
