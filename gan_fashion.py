@@ -84,9 +84,10 @@ def load_data(args):
         data = FashionMNIST(args.data_dir, train=True, download=True)
         return data.data[:args.limit, None], data.targets[:args.limit]
     except Exception as error:  # torchvision raises many kinds
-        sys.exit(f"FashionMNIST cannot be read from {args.data_dir} nor fetched: {error}\nPut "
-                 f"{', '.join(dict(FashionMNIST.resources))} into {args.data_dir}/FashionMNIST/raw "
-                 f"by hand, or run without a download: python gan_fashion.py --toy")
+        folder, files = Path(args.data_dir, "FashionMNIST", "raw"), dict(FashionMNIST.resources)
+        sys.exit(f"Fashion-MNIST cannot be read from {folder} nor fetched: {error}\nPut "
+                 f"{', '.join(files)} there by hand, or run without a download: "
+                 f"python gan_fashion.py --toy")
 
 
 class Generator(nn.Sequential):
@@ -169,7 +170,7 @@ def train(args, device, data, labels, checkpoint):
             for group in opt_g.param_groups + opt_d.param_groups:
                 group["lr"] = args.lr * (1 - done / (args.epochs * steps))  # falls to 0
             r1, penalty = done % 16 == 0, 0
-            x = (data[batch] / 127.5 - 1).requires_grad_(r1)  # to [-1, 1], the range of G's tanh
+            x = data[batch] / 127.5 - 1  # to [-1, 1], the range of G's tanh
             y = labels[batch]  # the fakes are of the same classes; not used unless --conditional
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
 
@@ -178,10 +179,9 @@ def train(args, device, data, labels, checkpoint):
             with autocast:
                 fake = generator(z, y)
                 on_fake = discriminator(fake.detach(), y)
-                on_real = discriminator.forward(x, y)  # .forward: not compiled, for R1
+                on_real = discriminator.forward(x.requires_grad_(r1), y)  # not compiled, for R1
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
-            if r1:
-                # R1 keeps D from growing too steep (Mescheder et al. 2018): 16-fold, 1 step in 16
+            if r1:  # keeps D from growing too steep (Mescheder et al. 2018): 16-fold, 1 step in 16
                 grad, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
                 penalty = 16 * 0.5 / 2 * grad.square().sum((1, 2, 3)).mean()
             opt_d.zero_grad()
@@ -200,10 +200,9 @@ def train(args, device, data, labels, checkpoint):
                 opt_g.step()
             discriminator.requires_grad_(True)
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(0.998, (done + 1) / (done + 10)))
-            ema.update_parameters(generator)  # takes in 0.2 % at a step, more in the first steps
-            # Summed on the device: reading numbers at every step would make the CPU wait for them.
+            ema.update_parameters(generator)  # takes in 0.2 % at a step, more early on
             shares = [(logits > 0).float().mean() for logits in (on_real, -on_fake, fooled)]
-            sums += torch.stack([loss_d.detach(), loss_g.detach(), *shares])
+            sums += torch.stack([loss_d.detach(), loss_g.detach(), *shares])  # .item() would wait
             if sys.stdout.isatty() and time.perf_counter() - shown > 1:
                 shown = time.perf_counter()
                 speed, left = step / (shown - began), (args.epochs - epoch + 1) * steps - step
@@ -262,7 +261,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not damaged and checkpoint["script"] == "gan_fashion":
             return checkpoint
-    sys.exit(f"{path} is missing, damaged or not gan_fashion.py's: train first, or set --out-dir.")
+    sys.exit(f"{path} is missing, damaged or not gan_fashion.py's: train first or set --out-dir.")
 
 
 def generate(args, device, checkpoint):
@@ -291,9 +290,8 @@ def main():
     out, saved = Path(args.out_dir), Path(args.out_dir, "models", "checkpoint.pth")
     if args.resume or args.generate:
         checkpoint = load_checkpoint(saved)
-        old = checkpoint["settings"]
-        args = parse_args(old)
-        if (args.conditional, args.latent_dim) != (old["conditional"], old["latent_dim"]):
+        args = parse_args(checkpoint["settings"])
+        if any(vars(args)[n] != checkpoint["settings"][n] for n in ("conditional", "latent_dim")):
             sys.exit(f"{saved} has another --conditional or --latent-dim: leave these flags out.")
     elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
         sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")

@@ -173,7 +173,7 @@ def train(args, device, data, checkpoint):
             for group in opt_g.param_groups + opt_d.param_groups:
                 group["lr"] = args.lr * (1 - done / (args.epochs * steps))  # falls to 0
             r1, penalty = done % 16 == 0, 0
-            x = (data[batch] / 127.5 - 1).requires_grad_(r1)  # to [-1, 1], the range of G's tanh
+            x = data[batch] / 127.5 - 1  # to [-1, 1], the range of G's tanh
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
 
             # D: minimise softplus(-D(x)) + softplus(D(G(z))). Real and fake batches go in apart, so
@@ -181,7 +181,7 @@ def train(args, device, data, checkpoint):
             with autocast:
                 fake = generator(z)
                 on_fake = discriminator(fake.detach())
-                on_real = discriminator.forward(x)  # .forward: not compiled, for R1
+                on_real = discriminator.forward(x.requires_grad_(r1))  # not compiled, for R1
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
             if r1:
                 # R1, gamma / 2 * |gradient|^2, keeps D from growing too steep at real pictures
@@ -203,10 +203,9 @@ def train(args, device, data, checkpoint):
             opt_g.step()
             discriminator.requires_grad_(True)
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(0.998, (done + 1) / (done + 10)))
-            ema.update_parameters(generator)  # takes in 0.2 % at a step, more in the first steps
-            # Summed on the device: reading numbers at every step would make the CPU wait for them.
+            ema.update_parameters(generator)  # takes in 0.2 % at a step, more early on
             shares = [(logits > 0).float().mean() for logits in (on_real, -on_fake, fooled)]
-            sums += torch.stack([loss_d.detach(), loss_g.detach(), *shares])
+            sums += torch.stack([loss_d.detach(), loss_g.detach(), *shares])  # .item() would wait
             if sys.stdout.isatty() and time.perf_counter() - shown > 1:
                 shown = time.perf_counter()
                 speed, left = step / (shown - began), (args.epochs - epoch + 1) * steps - step
@@ -265,7 +264,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not damaged and checkpoint["script"] == "gan_mnist":
             return checkpoint
-    sys.exit(f"{path} is missing, damaged or not gan_mnist.py's: train first, or set --out-dir.")
+    sys.exit(f"{path} is missing, damaged or not gan_mnist.py's: train first or set --out-dir.")
 
 
 def generate(args, device, checkpoint):
@@ -291,9 +290,8 @@ def main():
     out, saved = Path(args.out_dir), Path(args.out_dir, "models", "checkpoint.pth")
     if args.resume or args.generate:
         checkpoint = load_checkpoint(saved)
-        old = checkpoint["settings"]
-        args = parse_args(old)
-        if (args.model, args.latent_dim) != (old["model"], old["latent_dim"]):
+        args = parse_args(checkpoint["settings"])
+        if any(vars(args)[n] != checkpoint["settings"][n] for n in ("model", "latent_dim")):
             sys.exit(f"{saved} has another --model or --latent-dim: leave these flags out.")
     elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
         sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")
