@@ -229,7 +229,7 @@ def train(args, device, count, read, checkpoint, rank, world):
     if args.compile:  # in place: the names in the checkpoint stay as they are
         generator.compile(), discriminator.compile()
     net_g, net_d = (  # the same, but among processes backward() averages their gradients
-        nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
+        nn.parallel.DistributedDataParallel(net) if world > 1 else net
         for net in (generator, discriminator))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     real_std, began = (read(slice(1000)) / 127.5).std(0).mean().item(), time.perf_counter()

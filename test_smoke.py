@@ -8,6 +8,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import http.server
 import importlib
 import io
 import os
@@ -18,8 +19,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
+import threading
 import unittest
 import warnings
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -28,6 +32,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import dcgan_celeba
 import dcgan_cifar10
 import gan_mnist
 from common import init_weights, save_grid
@@ -554,6 +559,262 @@ class CifarTest(LabelTests, Folder):
         with Image.open(out / "progress.gif") as picture:
             picture.seek(2)
             self.assertLess(np.abs(np.asarray(picture.convert("RGB")) - real).mean(), 10)
+
+
+class CelebaTest(ScriptTests, Folder):
+    script, channels, size = "dcgan_celeba.py", 3, 64
+    variants, columns = {"plain": ()}, {"plain": 8}
+    others, bad_flags = (), ()
+    data_file = "img_align_celeba.zip"
+
+    def networks(self, variant):
+        return dcgan_celeba.Generator(7), dcgan_celeba.Discriminator()
+
+    def pictures(self, folder, count=3):
+        """Writes count random pictures, 64 x 64, to a new folder; returns them, by name."""
+        folder.mkdir(parents=True)
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+        for i, picture in enumerate(pixels):
+            Image.fromarray(picture).save(folder / f"{i:06d}.png")
+        return pixels
+
+    def load(self, images=None, limit=None):
+        """Returns load_data's pictures, N x 64 x 64 x 3, and what it printed."""
+        flags = dict(toy=False, images=images, limit=limit, data_dir=self.folder / "data")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            count, read = dcgan_celeba.load_data(argparse.Namespace(**flags))
+        pixels = read(torch.arange(count)).permute(0, 2, 3, 1).numpy()
+        self.assertEqual((len(pixels), pixels.dtype), (count, np.uint8))
+        return pixels, printed.getvalue()
+
+    def decoded(self):
+        """Returns all that load_data has left behind in its folder."""
+        return [path for path in (self.folder / "data").glob("*")]
+
+    def test_a_folder_of_any_pictures_is_read(self):
+        deep = self.folder / "mine" / "deeper"
+        deep.mkdir(parents=True)
+        red, half = Image.new("RGB", (200, 80), "red"), Image.new("RGB", (8, 16), "blue")
+        red.paste("blue", (0, 0, 40, 80))  # left of the centre crop
+        half.paste("red", (0, 0, 4, 16))
+        red.save(deep / "0 wide.jpg", quality=100)
+        half.save(deep / "1 blue and red.bmp")
+        rotated = Image.Exif()
+        rotated[0x112] = 6  # shown after a quarter turn to the right
+        half.resize((300, 600)).save(deep / "2 turned.jpg", exif=rotated)
+        red.convert("CMYK").save(deep / "3 cmyk.jpg", quality=100)
+        Image.new("L", (70, 70), 90).save(deep / "4 grey.webp", lossless=True)
+        Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(deep / "5 transparent.png")
+        palette = half.resize((64, 64)).quantize(2)
+        palette.save(self.folder / "mine" / "0 palette.png", transparency=0)
+        (deep / "6 cut off.jpg").write_bytes((deep / "2 turned.jpg").read_bytes()[:3000])
+        (deep / "7.txt").write_text("no picture")
+        Image.new("RGB", (7, 100)).save(deep / "8 small.png")
+        (deep / ".hidden.jpg").write_text("not even counted")
+
+        pixels, text = self.load(images=self.folder / "mine")
+        self.assertEqual(len(pixels), 7)
+        for word in ("10/10", "3 unreadable", "6 cut off.jpg", "7.txt", "8 small.png"):
+            self.assertIn(word, text)
+        palette, wide, sides, turned, cmyk, grey, transparent = pixels.astype(int)
+        close = functools.partial(np.testing.assert_allclose, atol=6)
+        close(palette[32, [10, 50]].max(1), [255, 255])
+        self.assertEqual(sum((palette[32, x] == 255).all() for x in (10, 50)), 1)
+        for picture in (wide, cmyk):
+            close(picture, np.broadcast_to([254, 0, 0], (64, 64, 3)))
+        close(sides[32, [0, 63]], [[255, 0, 0], [0, 0, 255]])
+        close(turned[[0, 63], 32], [[254, 0, 0], [0, 0, 254]])
+        self.assertTrue((grey == 90).all() and (transparent == 255).all())
+
+    def test_pictures_are_decoded_once_and_again_when_the_folder_changes(self):
+        images = self.folder / "mine"
+        expected = self.pictures(images, 5)
+        pixels, text = self.load(images)
+        np.testing.assert_array_equal(pixels, expected)
+        self.assertIn("5/5 decoded", text)
+        np.testing.assert_array_equal(self.load(images)[0], expected)
+        self.assertEqual(self.load(images)[1], "")  # nothing to decode
+        np.testing.assert_array_equal(self.load(images, limit=2)[0], expected[:2])
+        shutil.copy(images / "000000.png", images / "000004.png")
+        np.testing.assert_array_equal(self.load(images)[0][4], expected[0])
+        shutil.copy(images / "000000.png", images / "000005.png")
+        self.assertEqual(len(self.load(images)[0]), 6)
+        (images / "000001.png").unlink()
+        np.testing.assert_array_equal(self.load(images)[0][1], expected[2])
+
+    def test_decoding_that_is_cut_off_leaves_nothing(self):
+        flags = ("--images", self.folder / "mine", "--data-dir", self.folder / "data",
+                 "--epochs", 1, "--batch-size", 5, "--out-dir", self.folder / "out")
+        self.pictures(self.folder / "mine", 5)
+        for what, error in (("os.fsync", OSError(28, "No space left on device")),
+                            ("dcgan_celeba.np.lib.format.write_array_header_1_0",
+                             KeyboardInterrupt())):
+            with mock.patch(what, side_effect=error):
+                self.assertIn("Stopped", refused(self.script, *flags))
+            self.assertEqual(self.decoded(), [])
+        self.assertIn("5/5 decoded", call(self.script, *flags))
+        self.assertEqual([path.suffix for path in self.decoded()], [".npy"])
+
+    def test_folders_without_pictures_are_refused(self):
+        empty, text = self.folder / "empty", self.folder / "text"
+        empty.mkdir(), text.mkdir()
+        (text / "a.jpg").write_text("no picture")
+        for folder in (empty, text, self.folder / "missing"):
+            self.assertIn(str(folder), refused(
+                self.script, "--images", folder, "--data-dir", self.folder / "data",
+                "--out-dir", self.folder / "out"))
+        self.assertEqual(self.decoded(), [])
+
+    def test_celeba_is_found_in_every_layout(self):
+        expected = self.pictures(self.folder / "once")
+        name, data = "img_align_celeba", self.folder / "data"
+        archive = shutil.make_archive(self.folder / name, "zip", self.folder, "once")
+        for place in (f"celeba/{name}", name, f"{name}/{name}", f"celeba/{name}.zip", f"{name}.zip"):
+            target = data / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copy if target.suffix else shutil.copytree
+            copy(archive if target.suffix else self.folder / "once", target)
+            pixels, text = self.load()
+            np.testing.assert_array_equal(pixels, expected)
+            self.assertIn("3/3 decoded", text)
+            shutil.rmtree(data)
+        data.mkdir()
+        (data / f"{name}.zip").write_bytes(Path(archive).read_bytes()[:-10])
+        text = refused(self.script, "--data-dir", data, "--out-dir", self.folder / "out")
+        self.assertIn("cut off", text)
+
+    @contextlib.contextmanager
+    def server(self, content, sent):
+        """A web server on the loopback address; it sends the first bytes of content, then stops."""
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.send_header("Content-Length", len(content))
+                self.end_headers()
+                self.wfile.write(content[:sent])
+
+            def log_message(self, *args):
+                pass
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            address = f"http://127.0.0.1:{server.server_port}/celeba.zip"
+            with mock.patch.multiple(dcgan_celeba, URL=address, MD5=hashlib.md5(content).hexdigest()), \
+                    mock.patch.dict(os.environ, NO_NETWORK | {"no_proxy": "127.0.0.1"}), \
+                    contextlib.redirect_stderr(io.StringIO()):
+                yield
+            server.shutdown()
+
+    def test_celeba_is_fetched_and_nothing_but_the_whole_archive_is_taken_for_it(self):
+        expected = self.pictures(self.folder / "once")
+        archive = shutil.make_archive(self.folder / "some", "zip", self.folder, "once")
+        content = Path(archive).read_bytes()
+        with self.server(content, len(content)):
+            with mock.patch.object(dcgan_celeba, "MD5", "0" * 32):  # not the archive we know
+                self.assert_no_celeba()
+            np.testing.assert_array_equal(self.load()[0], expected)
+        with self.server(b"", 0):  # no need of it any more
+            np.testing.assert_array_equal(self.load()[0], expected)
+        shutil.rmtree(self.folder / "data")
+        with self.server(content, len(content) // 2):
+            self.assert_no_celeba()
+        with self.server(content, len(content)):
+            np.testing.assert_array_equal(self.load()[0], expected)
+        shutil.rmtree(self.folder / "data")
+        with self.server(content, 0), mock.patch.object(dcgan_celeba, "URL", "http://127.0.0.1:9"):
+            self.assert_no_celeba()  # nobody listens there
+
+    def assert_no_celeba(self):
+        for _ in range(2):  # what the first attempt left is not taken for the archive
+            with self.assertRaises(SystemExit) as stop:
+                self.load()
+            for word in ("img_align_celeba.zip", "--images", "--toy", str(self.folder / "data")):
+                self.assertIn(word, stop.exception.code)
+
+    @unittest.skipUnless(Path("/proc/self/statm").exists(), "reads the memory in use from /proc")
+    def test_memory_does_not_grow_with_the_pictures_that_were_read(self):
+        path, count = self.folder / "large.npy", 30_000  # 369 MB
+        np.lib.format.open_memmap(path, "w+", np.uint8, (count, 64, 64, 3))
+        self.pictures(self.folder / "mine")
+        with mock.patch.object(dcgan_celeba, "decode_all", lambda *_: path):
+            _, read = dcgan_celeba.load_data(argparse.Namespace(
+                toy=False, images=self.folder / "mine", limit=None, data_dir=self.folder))
+        pages = []
+        for batch in torch.arange(count).split(100):
+            self.assertEqual(read(batch).shape, (100, 3, 64, 64))
+            pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+        self.assertLess((max(pages[1:]) - pages[0]) * os.sysconf("SC_PAGE_SIZE"), 100e6)
+
+    def test_training_shows_d_the_pictures_half_of_them_mirrored(self):
+        pixels, batches = self.pictures(self.folder / "mine", 70), []
+        forward = dcgan_celeba.Discriminator.forward
+
+        def record(network, x):
+            batches.append(x.detach())
+            return forward(network, x)
+
+        with mock.patch.object(dcgan_celeba.Discriminator, "forward", record):
+            real = self.real("--images", self.folder / "mine")
+        np.testing.assert_array_equal(real, pixels[:64])
+        self.assertTrue(all(x.is_contiguous(memory_format=torch.channels_last) for x in batches))
+        seen = ((batches[1] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        seen, plain, mirrored = ({picture.tobytes() for picture in some}
+                                 for some in (seen, pixels, pixels[:, :, ::-1]))
+        self.assertEqual((len(seen), seen - plain - mirrored), (70, set()))
+        self.assertIn(len(seen & plain), range(15, 56))
+
+    def test_processes_share_each_epoch_and_learn_the_same(self):
+        recorder, flags = self.folder / "recorder.py", (*TINY, "--epochs", 2, "--latent-dim", 7)
+        recorder.write_text(textwrap.dedent("""
+            import os, sys, torch, dcgan_celeba as script
+            load_data, AveragedModel, seen, networks = script.load_data, script.AveragedModel, [], []
+
+            def recording_load(args):
+                count, read = load_data(args)
+                return count, lambda index: (seen.append(index), read(index))[1]
+
+            def recording_average(network, **flags):
+                networks.append(network)
+                return AveragedModel(network, **flags)
+
+            script.load_data, script.AveragedModel = recording_load, recording_average
+            script.main()
+            seen = torch.stack([index for index in seen if torch.is_tensor(index)])
+            torch.save([seen, dict(networks[0].named_parameters())], "rank" + os.environ["RANK"])
+        """))
+
+        def torchrun(script, *flags):
+            return subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                 script, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                text=True, cwd=self.folder, env={**os.environ, "PYTHONPATH": str(HERE),
+                                                 "OMP_NUM_THREADS": "1"})
+
+        whole, cut = self.folder / "whole", self.folder / "cut"
+        process = torchrun(recorder, *flags, "--out-dir", whole)
+        printed, errors = process.communicate(timeout=300)
+        self.assertEqual(process.returncode, 0, errors)
+        self.assertNotIn("Warning", errors)
+        self.assertEqual([line.split()[:2] for line in printed.splitlines()[1:]],
+                         [["epoch", "1/2"], ["epoch", "2/2"]])
+        (seen, weights), (others, same) = (load(self.folder / f"rank{i}") for i in range(2))
+        self.assertEqual((seen.shape, others.shape), ((6, 32), (6, 32)))  # 200 // 64 = 3 an epoch
+        epochs = [set(torch.cat([seen[e:e + 3], others[e:e + 3]]).flatten().tolist()) for e in (0, 3)]
+        self.assertEqual([len(epoch) for epoch in epochs], [192, 192])  # each picture once
+        self.assertTrue(all(weights[name].equal(same[name]) for name in weights))
+        history = load(whole / "models" / "checkpoint.pth")["history"]
+        self.assertAlmostEqual(history[1][7] * history[1][8], 192, delta=0.01)
+
+        process = torchrun(HERE / self.script, *flags, "--out-dir", cut)
+        for _ in range(2):
+            process.stdout.readline()  # until the first epoch is saved
+        process.terminate()
+        process.communicate(timeout=60)
+        process = torchrun(HERE / self.script, "--resume", "--out-dir", cut)
+        self.assertEqual(process.communicate(timeout=300)[0].count("epoch 2/2"), 1)
+        for name in ("generator.pth", "discriminator.pth"):
+            self.assertEqual((whole / "models" / name).read_bytes(),
+                             (cut / "models" / name).read_bytes())
 
 
 if __name__ == "__main__":
