@@ -1,11 +1,10 @@
 """A DCGAN for faces at 64x64: CelebA, and what changes when data is large and the run long.
 
-Game, losses and rules are as in dcgan_cifar10.py. New, in the order below:
-    Decoding    Each file becomes 64 x 64 x 3 bytes once, and is not opened again.
-    Memory      200,000 pictures are 2.5 GB. They stay on the disk; a batch reads its own rows.
-    Fetching    1.4 GB come under another name, and get theirs only if their MD5 is right.
-    Processes   torchrun starts one for each GPU. Each learns from a share of an epoch, gradients
-                are averaged, one process writes. The two updates stay as they are.
+The game and the rules are as in dcgan_cifar10.py. New, in the order below:
+    Decoding    Each file becomes 64x64x3 bytes, once; they stay on the disk, a batch reads its own.
+    Fetching    1.4 GB are saved as .part, which is renamed only if its MD5 is right.
+    Processes   torchrun starts one for each GPU. Each learns from its share of an epoch, gradients
+                are averaged, one writes. D's and G's updates stay as they are.
 
     python dcgan_celeba.py --toy --out-dir runs/toy_celeba                  # no download
     python dcgan_celeba.py --epochs 50
@@ -24,7 +23,6 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import matplotlib.figure
@@ -55,10 +53,10 @@ def parse_args(settings=None):
     """Returns the flags; those not given come from a checkpoint's settings, where passed."""
     parser = argparse.ArgumentParser(usage="python dcgan_celeba.py [flags]; -h lists them")
     flag, count = parser.add_argument, number(int, 1)
-    flag("--images", metavar="FOLDER", help="learn from these pictures instead of CelebA")
+    flag("--images", metavar="FOLDER", help="learn from its pictures, at any depth (CelebA)")
     flag("--epochs", type=count, help="passes over the data (50; 12 with --toy)")
-    flag("--batch-size", type=number(int, 2), help="real pictures per update (64; 16 with --toy)")
-    flag("--lr", type=number(float, 1e-9), default=1e-3, help="learning rate, falling to 0 (0.001)")
+    flag("--batch-size", type=number(int, 2), help="pictures per process and update (64; toy 16)")
+    flag("--lr", type=number(float, 1e-9), default=4e-4, help="learning rate, falling to 0 (0.0004)")
     flag("--beta1", type=number(float, 0, 1), default=0.5, help="Adam's beta1 (0.5)")
     flag("--latent-dim", type=count, default=100, help="numbers in a latent vector z (100)")
     flag("--sample-every", type=count, default=1, help="epochs from one saved grid to the next (1)")
@@ -81,28 +79,28 @@ def parse_args(settings=None):
 def decode(open_file, name):
     """Returns a picture as the bytes of 64 x 64 x 3, or None if it is unreadable or below 8x8."""
     with suppress(Exception), open_file(name) as file, Image.open(file) as picture:  # many kinds
-        picture.draft(None, (64, 64))  # a JPEG is read at 1/2, 1/4 or 1/8 if that is enough
-        picture = ImageOps.exif_transpose(picture).convert("RGBA")
-        if min(picture.size) >= 8:  # shorter side to 64, centre crop; white where transparent
-            picture = ImageOps.fit(picture, (64, 64), Image.Resampling.BICUBIC)
+        if min(picture.size) >= 8 and picture.mode[0] not in "IF":  # nor of more than 8 bits
+            picture.draft(None, (64, 64))  # a JPEG is read at 1/2, 1/4 or 1/8 if that is enough
+            picture = ImageOps.exif_transpose(picture).convert("RGBA")
+            picture = ImageOps.fit(picture, (64, 64), Image.Resampling.BICUBIC)  # centre crop
             white = Image.new("RGBA", (64, 64), "white")
             return Image.alpha_composite(white, picture).convert("RGB").tobytes()
 
 
 def decode_all(place, root, limit):
-    """Returns the .npy, uint8 N x 64 x 64 x 3, of a folder or .zip, made once; None if empty."""
-    if place.suffix == ".zip":
+    """Returns the path of the .npy, uint8 N x 64 x 64 x 3, of a folder or .zip; None if empty."""
+    if place.is_file():
         if not zipfile.is_zipfile(place):
-            sys.exit(f"{place} is damaged or cut off: delete it, or put a whole one there.")
+            sys.exit(f"{place} is not a whole .zip: delete it, or put a whole one there.")
         archive = zipfile.ZipFile(place)
         open_file = archive.open
         files = [(info.filename, info.file_size, info.CRC) for info in archive.infolist()]
     else:
-        open_file, folders = partial(open, mode="rb"), os.walk(place, followlinks=True)
-        entries = (entry for folder, *_ in folders for entry in os.scandir(folder))
+        open_file, tree = (lambda name: open(name, "rb")), os.walk(place, followlinks=True)
+        entries = (entry for folder, *_ in tree for entry in os.scandir(folder))
         files = [(e.path, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file()]
     files = sorted(file for file in files if os.path.basename(file[0])[:1] not in ("", "."))[:limit]
-    # Another name, and so decoded once more, if a file is new, gone or changed.
+    # The name is another, so all is decoded again, if a file is new, gone or changed.
     key = hashlib.sha256(repr([os.path.abspath(place), *files]).encode()).hexdigest()[:16]
     path, skipped, began = root / f"decoded_{key}.npy", [], time.perf_counter()
     if path.exists() or not files:
@@ -110,10 +108,10 @@ def decode_all(place, root, limit):
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix="decoded_") as beside:
         with open(Path(beside, path.name), "wb") as file, ThreadPoolExecutor() as pool:
-            file.seek(128)  # the length of the header, which is written last
+            file.seek(128)  # numpy pads the header to that; it is written last
             for i in range(0, len(files), 200):
                 names = [name for name, *_ in files[i:i + 200]]
-                pixels = list(pool.map(partial(decode, open_file), names))  # on all cores
+                pixels = list(pool.map(lambda name: decode(open_file, name), names))  # on all cores
                 skipped += [name for name, found in zip(names, pixels) if not found]
                 file.write(b"".join(filter(None, pixels)))
                 done, seconds = i + len(names), time.perf_counter() - began
@@ -124,7 +122,7 @@ def decode_all(place, root, limit):
             header = dict(descr="|u1", fortran_order=False, shape=(done - len(skipped), 64, 64, 3))
             file.seek(0), np.lib.format.write_array_header_1_0(file, header)
             file.flush(), os.fsync(file.fileno())
-        print(line, f"{len(skipped)} unreadable", *skipped[:3], sep=", ")
+        print(line, f"{len(skipped)} unreadable", *map(ascii, skipped[:3]), sep=", ")
         if len(skipped) == len(files):
             sys.exit(f"No file in {place} can be read as a picture of at least 8x8.")
         return Path(beside, path.name).replace(path)
@@ -150,7 +148,7 @@ def load_data(args):
         archive.with_suffix(""), root / "img_align_celeba", archive, root / archive.name]
     for place in filter(Path.exists, places):
         if path := decode_all(place, root, args.limit):
-            # Mapped anew for each batch, lest the pages that were read add up in memory.
+            # Mapped anew for each batch, or all that was ever read would count as memory in use.
             return len(np.load(path, mmap_mode="r")), lambda index: torch.tensor(
                 np.load(path, mmap_mode="r")[index]).permute(0, 3, 1, 2)
     if args.images:
@@ -202,14 +200,14 @@ def sample(generator, z):
 
 
 def train(args, device, count, read, checkpoint, rank, world):
-    """Trains as process rank of world ones; raises FloatingPointError if a loss is not finite."""
-    batches = args.batch_size * world  # pictures of a step, in all processes
-    steps = count // batches
+    """Trains as process rank of world; raises FloatingPointError if a loss is not finite."""
+    per_step = args.batch_size * world  # pictures, over all processes
+    steps = count // per_step
     if not steps:
-        sys.exit(f"{count} pictures do not fill a batch: lower --batch-size {args.batch_size}.")
+        sys.exit(f"{count} pictures do not fill a batch of {per_step}: lower --batch-size.")
     print(f"{count:,} pictures, {world} x {device}{', bfloat16' * args.bf16}, to {args.out_dir}")
     torch.manual_seed(args.seed)
-    fixed = torch.randn(256, args.latent_dim)  # in every epoch
+    fixed = torch.randn(256, args.latent_dim)  # the same z in every epoch
     layout = dict(device=device, memory_format=torch.channels_last)  # as in the data: it is faster
     generator = Generator(args.latent_dim).apply(init_weights).to(**layout)
     discriminator = Discriminator().apply(init_weights).to(**layout)
@@ -228,18 +226,17 @@ def train(args, device, count, read, checkpoint, rank, world):
         save_grid(sample(ema, fixed[:64]), images / "epoch_000.png")
     if args.compile:  # in place: the names in the checkpoint stay as they are
         generator.compile(), discriminator.compile()
-    net_g, net_d = (  # the same, but among processes backward() averages their gradients
-        nn.parallel.DistributedDataParallel(net) if world > 1 else net
-        for net in (generator, discriminator))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-    real_std, began = (read(slice(1000)) / 127.5).std(0).mean().item(), time.perf_counter()
+    wrap = nn.parallel.DistributedDataParallel if world > 1 else lambda net: net
+    net_g, net_d = wrap(generator), wrap(discriminator)  # backward() averages over the processes
+    real_std = read(slice(0, None, count // 1000 + 1)).float().std(0).mean().item() / 127.5
+    autocast, began = torch.autocast(device.type, torch.bfloat16, args.bf16), time.perf_counter()
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(args.seed * 10_000 + epoch)  # resumed or not: the same numbers
-        order = torch.randperm(count)[:steps * batches]  # in all processes
-        torch.manual_seed(args.seed * 10_000 + epoch + rank * 2**48)  # a z of its own in each
+        order = torch.randperm(count)[:steps * per_step]  # in all processes
+        torch.manual_seed(args.seed * 10_000 + epoch + rank * 10**8)  # but a z of its own in each
         sums, shown = torch.zeros(5, device=device), time.perf_counter()
-        for step, batch in enumerate(order.view(steps, world, args.batch_size)[:, rank], 1):
+        for step, batch in enumerate(order.view(steps, world, -1)[:, rank], 1):  # its share
             done = (epoch - 1) * steps + step - 1
             for group in opt_g.param_groups + opt_d.param_groups:
                 group["lr"] = args.lr * (1 - done / (args.epochs * steps))  # falls to 0
@@ -279,21 +276,20 @@ def train(args, device, count, read, checkpoint, rank, world):
                 shown = time.perf_counter()
                 speed, left = step / (shown - began), (args.epochs - epoch + 1) * steps - step
                 print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  {left / speed:.0f} s left"
-                      f"  {speed * batches:,.0f} pictures/s    ", end="\r", flush=True)
+                      f"  {speed * per_step:,.0f} pictures/s    ", end="\r", flush=True)
 
         if world > 1:
             distributed.all_reduce(sums.div_(world))
-        if rank:
-            continue  # one process writes
         pictures, seconds = sample(ema, fixed), time.perf_counter() - began
         began += seconds
         history.append([epoch, *(sums / steps).tolist(), pictures.std(0).mean().item() / real_std,
-                        seconds, steps * batches / seconds])
+                        seconds, steps * per_step / seconds])
         if not np.isfinite(history[-1]).all():
             raise FloatingPointError("A loss is not finite: try a smaller --lr.")
-        if epoch % args.sample_every == 0 or epoch == args.epochs:
+        if not rank and (epoch % args.sample_every == 0 or epoch == args.epochs):
             save_grid(pictures[:64], images / f"epoch_{epoch:03d}.png")
-        save_run(args, run, history)
+        if not rank:  # one process writes
+            save_run(args, run, history)
 
 
 def save_run(args, run, history):
@@ -310,24 +306,25 @@ def save_run(args, run, history):
         axes.plot(table[:, 0], table[:, 1:7], label=header.split(",")[1:7])
         axes.legend(title="by epoch", loc="upper left", bbox_to_anchor=(1, 1))
         axes.figure.savefig(out / "losses.png")
-        files = [out / "images" / f"epoch_{i:03d}.png" for i in range(len(history) + 1)]
-        frames = [Image.open(file) for file in files if file.exists()]
-        if frames:  # there are none if only the checkpoint was kept
+        frames = []
+        for i in range(len(history) + 1):
+            with suppress(OSError):  # there is none, or a power failure cut it off
+                frames.append(Image.open(out / "images" / f"epoch_{i:03d}.png").copy())
+        if frames:
             frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
                            duration=200, loop=0)
     settings = {name: value for name, value in vars(args).items()
-                if name not in ("out_dir", "device", "resume", "generate")}
+                if name not in ("out_dir", "device", "compile", "resume", "generate")}
     states = {name: part.state_dict() for name, part in run.items()}
     for name, content in dict(
             checkpoint=dict(script="dcgan_celeba", settings=settings, history=history, **states),
             generator=run["ema"].module.state_dict(),  # for Generator.load_state_dict
             discriminator=states["discriminator"]).items():
-        # Written beside, to the disk itself (fsync), then renamed: a run cut off at any moment, by
-        # a power failure too, leaves the old file or the new.
+        # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
         path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
         torch.save(content, buffer)
         with open(path.with_suffix(".tmp"), "wb") as file:
-            file.write(buffer.getbuffer()), file.flush(), os.fsync(file.fileno())
+            file.write(buffer.getbuffer()), file.flush(), os.fsync(file.fileno())  # to the disk
         path.with_suffix(".tmp").replace(path)
 
 
@@ -362,18 +359,20 @@ def generate(args, device, checkpoint):
 def main():
     args, checkpoint = parse_args(), None
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-    if rank:
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w") if rank else sys.stdout  # one process prints
     out, saved = Path(args.out_dir), Path(args.out_dir, "models", "checkpoint.pth")
     if args.resume or args.generate:
         checkpoint = load_checkpoint(saved)
         args = parse_args(checkpoint["settings"])
         if args.latent_dim != checkpoint["settings"]["latent_dim"]:
             sys.exit(f"{saved} has another --latent-dim: leave that flag out.")
+    elif args.images and (args.toy or any(Path(args.images).resolve() in Path(
+            path, "file").resolve().parents for path in (out, args.data_dir))):
+        sys.exit("--images takes a folder without --out-dir and --data-dir in it, and no --toy.")
     elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
         sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")
     try:
-        if world > 1 and torch.cuda.is_available():
+        if world > 1 and args.device in (None, "cuda") and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
         device = torch.device(args.device or torch.accelerator.current_accelerator(True) or "cpu")
         torch.ones(1, device=device).cpu()
@@ -387,9 +386,10 @@ def main():
         if args.generate:
             return rank or generate(args, device, checkpoint)
         (out / "models").mkdir(parents=True, exist_ok=True)
-        data = None if rank else load_data(args)  # the others wait below until all is decoded
+        data = None if rank else load_data(args)  # the others wait below, until all is decoded
         if world > 1:
-            distributed.init_process_group(timeout=timedelta(days=1))
+            kind = "nccl" if device.type == "cuda" else "gloo"
+            distributed.init_process_group(kind, timeout=timedelta(days=1)), distributed.barrier()
         train(args, device, *(data or load_data(args)), checkpoint, rank, world)
     except (KeyboardInterrupt, OSError, FloatingPointError) as error:
         hint = f'\nGo on from the last epoch: python dcgan_celeba.py --resume --out-dir "{out}"'

@@ -236,12 +236,12 @@ def save_run(args, run, history):
         axes.legend(title="by epoch", loc="upper left", bbox_to_anchor=(1, 1))
         axes.figure.savefig(out / "losses.png")
         files = [out / "images" / f"epoch_{i:03d}.png" for i in range(len(history) + 1)]
-        frames = [Image.open(file) for file in files if file.exists()]
+        frames = [Image.open(file).copy() for file in files if file.exists()]
         if frames:  # there are none if only the checkpoint was kept
             frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
                            duration=200, loop=0)
     settings = {name: value for name, value in vars(args).items()
-                if name not in ("out_dir", "device", "resume", "generate")}
+                if name not in ("out_dir", "device", "compile", "resume", "generate")}
     states = {name: part.state_dict() for name, part in run.items()}
     for name, content in dict(
             checkpoint=dict(script="dcgan_cifar10", settings=settings, history=history, **states),

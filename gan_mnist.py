@@ -243,7 +243,7 @@ def save_run(args, run, history):
             frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
                            duration=200, loop=0)
     settings = {name: value for name, value in vars(args).items()
-                if name not in ("out_dir", "device", "resume", "generate")}
+                if name not in ("out_dir", "device", "compile", "resume", "generate")}
     states = {name: part.state_dict() for name, part in run.items()}
     for name, content in dict(
             checkpoint=dict(script="gan_mnist", settings=settings, history=history, **states),

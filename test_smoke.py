@@ -610,11 +610,12 @@ class CelebaTest(ScriptTests, Folder):
         (deep / "6 cut off.jpg").write_bytes((deep / "2 turned.jpg").read_bytes()[:3000])
         (deep / "7.txt").write_text("no picture")
         Image.new("RGB", (7, 100)).save(deep / "8 small.png")
+        Image.fromarray(np.full((64, 64), 9000, np.uint16)).save(deep / "9 of 16 bits.png")
         (deep / ".hidden.jpg").write_text("not even counted")
 
         pixels, text = self.load(images=self.folder / "mine")
         self.assertEqual(len(pixels), 7)
-        for word in ("10/10", "3 unreadable", "6 cut off.jpg", "7.txt", "8 small.png"):
+        for word in ("11/11", "4 unreadable", "6 cut off.jpg", "7.txt", "8 small.png"):
             self.assertIn(word, text)
         palette, wide, sides, turned, cmyk, grey, transparent = pixels.astype(int)
         close = functools.partial(np.testing.assert_allclose, atol=6)
@@ -659,18 +660,22 @@ class CelebaTest(ScriptTests, Folder):
         empty, text = self.folder / "empty", self.folder / "text"
         empty.mkdir(), text.mkdir()
         (text / "a.jpg").write_text("no picture")
-        for folder in (empty, text, self.folder / "missing"):
+        archive = shutil.make_archive(self.folder / "photos", "zip", self.folder, "text")
+        for folder in (empty, text, self.folder / "missing", archive, text / "a.jpg"):
             self.assertIn(str(folder), refused(
                 self.script, "--images", folder, "--data-dir", self.folder / "data",
                 "--out-dir", self.folder / "out"))
+        for flags in (("--images", self.folder), ("--images", text, "--toy")):
+            self.assertIn("--images takes", refused(
+                self.script, *flags, "--out-dir", self.folder / "runs" / "mine"))
         self.assertEqual(self.decoded(), [])
 
     def test_celeba_is_found_in_every_layout(self):
         expected = self.pictures(self.folder / "once")
         name, data = "img_align_celeba", self.folder / "data"
         archive = shutil.make_archive(self.folder / name, "zip", self.folder, "once")
-        for place in (f"celeba/{name}", name, f"{name}/{name}", f"celeba/{name}.zip", f"{name}.zip"):
-            target = data / place
+        for place in ("celeba/NAME", "NAME", "NAME/NAME", "celeba/NAME.zip", "NAME.zip"):
+            target = data / place.replace("NAME", name)
             target.parent.mkdir(parents=True, exist_ok=True)
             copy = shutil.copy if target.suffix else shutil.copytree
             copy(archive if target.suffix else self.folder / "once", target)
@@ -681,7 +686,7 @@ class CelebaTest(ScriptTests, Folder):
         data.mkdir()
         (data / f"{name}.zip").write_bytes(Path(archive).read_bytes()[:-10])
         text = refused(self.script, "--data-dir", data, "--out-dir", self.folder / "out")
-        self.assertIn("cut off", text)
+        self.assertIn("not a whole .zip", text)
 
     @contextlib.contextmanager
     def server(self, content, sent):
@@ -699,7 +704,8 @@ class CelebaTest(ScriptTests, Folder):
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             address = f"http://127.0.0.1:{server.server_port}/celeba.zip"
-            with mock.patch.multiple(dcgan_celeba, URL=address, MD5=hashlib.md5(content).hexdigest()), \
+            md5 = hashlib.md5(content).hexdigest()
+            with mock.patch.multiple(dcgan_celeba, URL=address, MD5=md5), \
                     mock.patch.dict(os.environ, NO_NETWORK | {"no_proxy": "127.0.0.1"}), \
                     contextlib.redirect_stderr(io.StringIO()):
                 yield
@@ -766,8 +772,9 @@ class CelebaTest(ScriptTests, Folder):
     def test_processes_share_each_epoch_and_learn_the_same(self):
         recorder, flags = self.folder / "recorder.py", (*TINY, "--epochs", 2, "--latent-dim", 7)
         recorder.write_text(textwrap.dedent("""
-            import os, sys, torch, dcgan_celeba as script
-            load_data, AveragedModel, seen, networks = script.load_data, script.AveragedModel, [], []
+            import os, torch, dcgan_celeba as script
+            load_data, AveragedModel = script.load_data, script.AveragedModel
+            all_reduce, seen, networks, sums = script.distributed.all_reduce, [], [], []
 
             def recording_load(args):
                 count, read = load_data(args)
@@ -777,18 +784,24 @@ class CelebaTest(ScriptTests, Folder):
                 networks.append(network)
                 return AveragedModel(network, **flags)
 
+            def recording_reduce(tensor):
+                sums.append(tensor.clone())
+                all_reduce(tensor)
+
             script.load_data, script.AveragedModel = recording_load, recording_average
+            script.distributed.all_reduce = recording_reduce
             script.main()
             seen = torch.stack([index for index in seen if torch.is_tensor(index)])
-            torch.save([seen, dict(networks[0].named_parameters())], "rank" + os.environ["RANK"])
+            torch.save([seen, dict(networks[0].named_parameters()), torch.stack(sums),
+                        torch.rand(1)], "rank" + os.environ["RANK"])
         """))
 
         def torchrun(script, *flags):
             return subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                 script, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                text=True, cwd=self.folder, env={**os.environ, "PYTHONPATH": str(HERE),
-                                                 "OMP_NUM_THREADS": "1"})
+                [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script,
+                 *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                cwd=self.folder, env={**os.environ, "PYTHONPATH": str(HERE),
+                                      "OMP_NUM_THREADS": "1"})
 
         whole, cut = self.folder / "whole", self.folder / "cut"
         process = torchrun(recorder, *flags, "--out-dir", whole)
@@ -797,13 +810,16 @@ class CelebaTest(ScriptTests, Folder):
         self.assertNotIn("Warning", errors)
         self.assertEqual([line.split()[:2] for line in printed.splitlines()[1:]],
                          [["epoch", "1/2"], ["epoch", "2/2"]])
-        (seen, weights), (others, same) = (load(self.folder / f"rank{i}") for i in range(2))
+        rank0, rank1 = (load(self.folder / f"rank{i}") for i in range(2))
+        (seen, weights, sums, chance), (others, same, more, luck) = rank0, rank1
         self.assertEqual((seen.shape, others.shape), ((6, 32), (6, 32)))  # 200 // 64 = 3 an epoch
-        epochs = [set(torch.cat([seen[e:e + 3], others[e:e + 3]]).flatten().tolist()) for e in (0, 3)]
-        self.assertEqual([len(epoch) for epoch in epochs], [192, 192])  # each picture once
+        for epoch in torch.cat([seen, others], 1).split(3):  # 3 steps
+            self.assertEqual(len(epoch.unique()), 192)  # no picture twice
         self.assertTrue(all(weights[name].equal(same[name]) for name in weights))
+        self.assertFalse(chance.equal(luck))  # each draws a z of its own
         history = load(whole / "models" / "checkpoint.pth")["history"]
         self.assertAlmostEqual(history[1][7] * history[1][8], 192, delta=0.01)
+        np.testing.assert_allclose([row[1:6] for row in history], (sums + more) / 3, rtol=1e-4)
 
         process = torchrun(HERE / self.script, *flags, "--out-dir", cut)
         for _ in range(2):
