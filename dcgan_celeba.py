@@ -53,7 +53,7 @@ def parse_args(settings=None):
     """Returns the flags; those not given come from a checkpoint's settings, where passed."""
     parser = argparse.ArgumentParser(usage="python dcgan_celeba.py [flags]; -h lists them")
     flag, count = parser.add_argument, number(int, 1)
-    flag("--images", metavar="FOLDER", help="learn from its pictures, at any depth (CelebA)")
+    flag("--images", metavar="FOLDER", help="folder or .zip to learn from (CelebA)")
     flag("--epochs", type=count, help="passes over the data (50; 12 with --toy)")
     flag("--batch-size", type=number(int, 2), help="pictures per process and update (64; toy 16)")
     flag("--lr", type=number(float, 1e-9), default=4e-4, help="learning rate, falling to 0 (0.0004)")

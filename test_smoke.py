@@ -798,10 +798,10 @@ class CelebaTest(ScriptTests, Folder):
 
         def torchrun(script, *flags):
             return subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script,
-                 *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                cwd=self.folder, env={**os.environ, "PYTHONPATH": str(HERE),
-                                      "OMP_NUM_THREADS": "1"})
+                [sys.executable, "-m", "torch.distributed.run", "--standalone",  # on a free port
+                 "--nproc-per-node=2", script, *map(str, flags)], cwd=self.folder, text=True,
+                env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
         whole, cut = self.folder / "whole", self.folder / "cut"
         process = torchrun(recorder, *flags, "--out-dir", whole)
