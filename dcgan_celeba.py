@@ -1,7 +1,7 @@
 """A DCGAN for faces at 64x64: CelebA, and what changes when data is large and the run long.
 
 The game and the rules are as in dcgan_cifar10.py. New, in the order below:
-    Decoding    Each file becomes 64x64x3 bytes, once; they stay on the disk, a batch reads its own.
+    Decoding    Each file becomes 64x64x3 bytes, once; a batch reads its own from the disk.
     Fetching    1.4 GB are saved as .part, which is renamed only if its MD5 is right.
     Processes   torchrun starts one for each GPU. Each learns from its share of an epoch, gradients
                 are averaged, one writes. D's and G's updates stay as they are.
@@ -56,7 +56,7 @@ def parse_args(settings=None):
     flag("--images", metavar="FOLDER", help="folder or .zip to learn from (CelebA)")
     flag("--epochs", type=count, help="passes over the data (50; 12 with --toy)")
     flag("--batch-size", type=number(int, 2), help="pictures per process and update (64; toy 16)")
-    flag("--lr", type=number(float, 1e-9), default=4e-4, help="learning rate, falling to 0 (0.0004)")
+    flag("--lr", type=number(float, 1e-9), default=4e-4, help="learning rate, falling to 0 (4e-4)")
     flag("--beta1", type=number(float, 0, 1), default=0.5, help="Adam's beta1 (0.5)")
     flag("--latent-dim", type=count, default=100, help="numbers in a latent vector z (100)")
     flag("--sample-every", type=count, default=1, help="epochs from one saved grid to the next (1)")
@@ -91,7 +91,7 @@ def decode_all(place, root, limit):
     """Returns the path of the .npy, uint8 N x 64 x 64 x 3, of a folder or .zip; None if empty."""
     if place.is_file():
         if not zipfile.is_zipfile(place):
-            sys.exit(f"{place} is not a whole .zip: delete it, or put a whole one there.")
+            sys.exit(f"{place} is not a whole .zip: put the whole one there.")
         archive = zipfile.ZipFile(place)
         open_file = archive.open
         files = [(info.filename, info.file_size, info.CRC) for info in archive.infolist()]
@@ -227,7 +227,7 @@ def train(args, device, count, read, checkpoint, rank, world):
     if args.compile:  # in place: the names in the checkpoint stay as they are
         generator.compile(), discriminator.compile()
     wrap = nn.parallel.DistributedDataParallel if world > 1 else lambda net: net
-    net_g, net_d = wrap(generator), wrap(discriminator)  # backward() averages over the processes
+    net_g, net_d = wrap(generator), wrap(discriminator)  # averages gradients in backward()
     real_std = read(slice(0, None, count // 1000 + 1)).float().std(0).mean().item() / 127.5
     autocast, began = torch.autocast(device.type, torch.bfloat16, args.bf16), time.perf_counter()
 
@@ -250,17 +250,17 @@ def train(args, device, count, read, checkpoint, rank, world):
             with autocast:
                 fake = net_g(z)
                 on_fake = net_d(fake.detach())
-                on_real = discriminator.forward(x.requires_grad_(r1))  # not compiled, for R1
+                on_real = discriminator.forward(x.requires_grad_(r1))  # R1 cannot be compiled
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
-            if r1:  # keeps D from growing too steep (Mescheder et al. 2018): 16-fold, 1 step in 16
+            if r1:  # R1 keeps D from growing steep (Mescheder et al. 2018): 16-fold, 1 step in 16
                 grad, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
                 penalty = 16 * 0.1 / 2 * grad.square().sum((1, 2, 3)).mean()
             opt_d.zero_grad()
             (loss_d + penalty).backward()
             opt_d.step()
 
-            # G: minimise softplus(-D(G(z))). D is frozen: no gradients for its own weights.
-            discriminator.requires_grad_(False)
+            # G: minimise softplus(-D(G(z))) = -log p, p = sigmoid(D); log(1 - p) is flat at p = 0.
+            discriminator.requires_grad_(False)  # no gradients for D's weights: they would be lost
             with autocast:
                 fooled = discriminator(fake)
             loss_g = softplus(-fooled.float()).mean()
@@ -283,9 +283,9 @@ def train(args, device, count, read, checkpoint, rank, world):
         pictures, seconds = sample(ema, fixed), time.perf_counter() - began
         began += seconds
         history.append([epoch, *(sums / steps).tolist(), pictures.std(0).mean().item() / real_std,
-                        seconds, steps * per_step / seconds])
+                        seconds, steps * per_step / seconds])  # spread near 0: collapse
         if not np.isfinite(history[-1]).all():
-            raise FloatingPointError("A loss is not finite: try a smaller --lr.")
+            raise FloatingPointError("A loss is not finite: resume with a smaller --lr.")
         if not rank and (epoch % args.sample_every == 0 or epoch == args.epochs):
             save_grid(pictures[:64], images / f"epoch_{epoch:03d}.png")
         if not rank:  # one process writes
@@ -318,7 +318,7 @@ def save_run(args, run, history):
     states = {name: part.state_dict() for name, part in run.items()}
     for name, content in dict(
             checkpoint=dict(script="dcgan_celeba", settings=settings, history=history, **states),
-            generator=run["ema"].module.state_dict(),  # for Generator.load_state_dict
+            generator=run["ema"].module.state_dict(),  # load_state_dict into a Generator, eval()
             discriminator=states["discriminator"]).items():
         # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
         path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
@@ -363,14 +363,14 @@ def main():
     out, saved = Path(args.out_dir), Path(args.out_dir, "models", "checkpoint.pth")
     if args.resume or args.generate:
         checkpoint = load_checkpoint(saved)
-        args = parse_args(checkpoint["settings"])
-        if args.latent_dim != checkpoint["settings"]["latent_dim"]:
-            sys.exit(f"{saved} has another --latent-dim: leave that flag out.")
-    elif args.images and (args.toy or any(Path(args.images).resolve() in Path(
-            path, "file").resolve().parents for path in (out, args.data_dir))):
-        sys.exit("--images takes a folder without --out-dir and --data-dir in it, and no --toy.")
+        args, old = parse_args(checkpoint["settings"]), checkpoint["settings"]
+        if any(vars(args)[n] != old[n] for n in ("beta1", "latent_dim", "toy")):
+            sys.exit(f"{saved} has another --beta1, --latent-dim or --toy: drop it.")
     elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
         sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")
+    if args.images and (args.toy or any(Path(args.images).resolve() in Path(
+            path, "file").resolve().parents for path in (out, args.data_dir))):
+        sys.exit("--images takes a folder without --out-dir and --data-dir in it, and no --toy.")
     try:
         if world > 1 and args.device in (None, "cuda") and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
@@ -388,7 +388,7 @@ def main():
         (out / "models").mkdir(parents=True, exist_ok=True)
         data = None if rank else load_data(args)  # the others wait below, until all is decoded
         if world > 1:
-            kind = "nccl" if device.type == "cuda" else "gloo"
+            kind = "nccl" if device.type == "cuda" and distributed.is_nccl_available() else "gloo"
             distributed.init_process_group(kind, timeout=timedelta(days=1)), distributed.barrier()
         train(args, device, *(data or load_data(args)), checkpoint, rank, world)
     except (KeyboardInterrupt, OSError, FloatingPointError) as error:

@@ -5,9 +5,9 @@
     3  BatchNorm after each hidden layer but D's first.
     4  ReLU in G, tanh at its end; LeakyReLU with a slope of 0.2 in D.
     5  Weights from N(0, 0.02); Adam with beta1 of 0.5 and a learning rate of 0.0002. Ours falls
-       from 0.001 to 0: FID (see README) after 3 epochs, without R1, 18.7; from 0.0004, 20.9.
-    +  R1. BatchNorm shows D if a batch is all real or all fake. Without R1, and from 0.002, D was
-       right on 95 % after 15 epochs and FID hardly fell any more; with it, it went on.
+       from 0.001 to 0: FID (lower is better) after 3 epochs, without R1, 18.7; from 0.0004, 20.9.
+    +  R1. BatchNorm shows D if a batch is all real or all fake. Without R1, from a rate of 0.002,
+       D was right on 95 % after 15 epochs and FID hardly fell any more; with R1 it went on.
 
     python dcgan_cifar10.py --toy --out-dir runs/toy_cifar10                # no download
     python dcgan_cifar10.py
@@ -182,17 +182,17 @@ def train(args, device, data, labels, checkpoint):
             with autocast:
                 fake = generator(z, y)
                 on_fake = discriminator(fake.detach(), y)
-                on_real = discriminator.forward(x.requires_grad_(r1), y)  # not compiled, for R1
+                on_real = discriminator.forward(x.requires_grad_(r1), y)  # R1 cannot be compiled
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
-            if r1:  # keeps D from growing too steep (Mescheder et al. 2018): 16-fold, 1 step in 16
+            if r1:  # R1 keeps D from growing steep (Mescheder et al. 2018): 16-fold, 1 step in 16
                 grad, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
                 penalty = 16 * 0.1 / 2 * grad.square().sum((1, 2, 3)).mean()
             opt_d.zero_grad()
             (loss_d + penalty).backward()
             opt_d.step()
 
-            # G: minimise softplus(-D(G(z))). D is frozen: no gradients for its own weights.
-            discriminator.requires_grad_(False)
+            # G: minimise softplus(-D(G(z))) = -log p, p = sigmoid(D); log(1 - p) is flat at p = 0.
+            discriminator.requires_grad_(False)  # no gradients for D's weights: they would be lost
             with autocast:
                 fooled = discriminator(fake, y)
             loss_g = softplus(-fooled.float()).mean()
@@ -213,9 +213,9 @@ def train(args, device, data, labels, checkpoint):
         pictures, seconds = sample(ema, *fixed), time.perf_counter() - began
         began += seconds
         history.append([epoch, *(sums / steps).tolist(), pictures.std(0).mean().item() / real_std,
-                        seconds, steps * args.batch_size / seconds])
+                        seconds, steps * args.batch_size / seconds])  # std near 0: collapse
         if not np.isfinite(history[-1]).all():
-            raise FloatingPointError("A loss is not finite: try a smaller --lr.")
+            raise FloatingPointError("A loss is not finite: resume with a smaller --lr.")
         if epoch % args.sample_every == 0 or epoch == args.epochs:
             save_grid(pictures[:n * n], images / f"epoch_{epoch:03d}.png", n)
         save_run(args, run, history)
@@ -245,7 +245,7 @@ def save_run(args, run, history):
     states = {name: part.state_dict() for name, part in run.items()}
     for name, content in dict(
             checkpoint=dict(script="dcgan_cifar10", settings=settings, history=history, **states),
-            generator=run["ema"].module.state_dict(),  # for Generator.load_state_dict
+            generator=run["ema"].module.state_dict(),  # load_state_dict into a Generator, eval()
             discriminator=states["discriminator"]).items():
         # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
         path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
@@ -292,9 +292,9 @@ def main():
     out, saved = Path(args.out_dir), Path(args.out_dir, "models", "checkpoint.pth")
     if args.resume or args.generate:
         checkpoint = load_checkpoint(saved)
-        args = parse_args(checkpoint["settings"])
-        if any(vars(args)[n] != checkpoint["settings"][n] for n in ("conditional", "latent_dim")):
-            sys.exit(f"{saved} has another --conditional or --latent-dim: leave these flags out.")
+        args, old = parse_args(checkpoint["settings"]), checkpoint["settings"]
+        if any(vars(args)[n] != old[n] for n in ("beta1", "conditional", "latent_dim", "toy")):
+            sys.exit(f"{saved} has another --beta1, --conditional, --latent-dim or --toy: drop it.")
     elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
         sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")
     try:

@@ -179,17 +179,17 @@ def train(args, device, data, labels, checkpoint):
             with autocast:
                 fake = generator(z, y)
                 on_fake = discriminator(fake.detach(), y)
-                on_real = discriminator.forward(x.requires_grad_(r1), y)  # not compiled, for R1
+                on_real = discriminator.forward(x.requires_grad_(r1), y)  # R1 cannot be compiled
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
-            if r1:  # keeps D from growing too steep (Mescheder et al. 2018): 16-fold, 1 step in 16
+            if r1:  # R1 keeps D from growing steep (Mescheder et al. 2018): 16-fold, 1 step in 16
                 grad, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
                 penalty = 16 * 0.5 / 2 * grad.square().sum((1, 2, 3)).mean()
             opt_d.zero_grad()
             (loss_d + penalty).backward()
             opt_d.step()
 
-            # G: minimise softplus(-D(G(z))). D is frozen: no gradients for its own weights.
-            discriminator.requires_grad_(False)
+            # G: minimise softplus(-D(G(z))) = -log p, p = sigmoid(D); log(1 - p) is flat at p = 0.
+            discriminator.requires_grad_(False)  # no gradients for D's weights: they would be lost
             for turn in range(args.g_steps):
                 with autocast:
                     fake = generator(torch.randn_like(z), y) if turn else fake  # first D's
@@ -212,9 +212,9 @@ def train(args, device, data, labels, checkpoint):
         pictures, seconds = sample(ema, *fixed), time.perf_counter() - began
         began += seconds
         history.append([epoch, *(sums / steps).tolist(), pictures.std(0).mean().item() / real_std,
-                        seconds, steps * args.batch_size / seconds])
+                        seconds, steps * args.batch_size / seconds])  # std near 0: collapse
         if not np.isfinite(history[-1]).all():
-            raise FloatingPointError("A loss is not finite: try a smaller --lr.")
+            raise FloatingPointError("A loss is not finite: resume with a smaller --lr.")
         if epoch % args.sample_every == 0 or epoch == args.epochs:
             save_grid(pictures[:n * n], images / f"epoch_{epoch:03d}.png", n)
         save_run(args, run, history)
@@ -244,7 +244,7 @@ def save_run(args, run, history):
     states = {name: part.state_dict() for name, part in run.items()}
     for name, content in dict(
             checkpoint=dict(script="gan_fashion", settings=settings, history=history, **states),
-            generator=run["ema"].module.state_dict(),  # for Generator.load_state_dict
+            generator=run["ema"].module.state_dict(),  # load_state_dict into a Generator, eval()
             discriminator=states["discriminator"]).items():
         # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
         path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
@@ -290,9 +290,9 @@ def main():
     out, saved = Path(args.out_dir), Path(args.out_dir, "models", "checkpoint.pth")
     if args.resume or args.generate:
         checkpoint = load_checkpoint(saved)
-        args = parse_args(checkpoint["settings"])
-        if any(vars(args)[n] != checkpoint["settings"][n] for n in ("conditional", "latent_dim")):
-            sys.exit(f"{saved} has another --conditional or --latent-dim: leave these flags out.")
+        args, old = parse_args(checkpoint["settings"]), checkpoint["settings"]
+        if any(vars(args)[n] != old[n] for n in ("beta1", "conditional", "latent_dim", "toy")):
+            sys.exit(f"{saved} has another --beta1, --conditional, --latent-dim or --toy: drop it.")
     elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
         sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")
     try:

@@ -16,6 +16,7 @@ nothing, while -log p is steep there (Goodfellow et al. 2014, section 3).
     python gan_mnist.py                                       # fully connected networks
     python gan_mnist.py --model conv --out-dir runs/conv      # convolutional networks
     python gan_mnist.py --generate 100                        # pictures from the trained G
+    python gan_mnist.py --resume                              # go on after a stop
 
 On two CPU cores (AMD EPYC, bfloat16) the second takes 4:26 minutes, the third 7:25.
 """
@@ -181,7 +182,7 @@ def train(args, device, data, checkpoint):
             with autocast:
                 fake = generator(z)
                 on_fake = discriminator(fake.detach())
-                on_real = discriminator.forward(x.requires_grad_(r1))  # not compiled, for R1
+                on_real = discriminator.forward(x.requires_grad_(r1))  # R1 cannot be compiled
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
             if r1:
                 # R1, gamma / 2 * |gradient|^2, keeps D from growing too steep at real pictures
@@ -215,9 +216,9 @@ def train(args, device, data, checkpoint):
         pictures, seconds = sample(ema, fixed_z), time.perf_counter() - began
         began += seconds
         history.append([epoch, *(sums / steps).tolist(), pictures.std(0).mean().item() / real_std,
-                        seconds, steps * args.batch_size / seconds])
+                        seconds, steps * args.batch_size / seconds])  # std near 0: collapse
         if not np.isfinite(history[-1]).all():
-            raise FloatingPointError("A loss is not finite: try a smaller --lr.")
+            raise FloatingPointError("A loss is not finite: resume with a smaller --lr.")
         if epoch % args.sample_every == 0 or epoch == args.epochs:
             save_grid(pictures[:64], images / f"epoch_{epoch:03d}.png")
         save_run(args, run, history)
@@ -247,7 +248,7 @@ def save_run(args, run, history):
     states = {name: part.state_dict() for name, part in run.items()}
     for name, content in dict(
             checkpoint=dict(script="gan_mnist", settings=settings, history=history, **states),
-            generator=run["ema"].module.state_dict(),  # for Generator.load_state_dict
+            generator=run["ema"].module.state_dict(),  # load_state_dict into a Generator, eval()
             discriminator=states["discriminator"]).items():
         # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
         path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
@@ -290,9 +291,9 @@ def main():
     out, saved = Path(args.out_dir), Path(args.out_dir, "models", "checkpoint.pth")
     if args.resume or args.generate:
         checkpoint = load_checkpoint(saved)
-        args = parse_args(checkpoint["settings"])
-        if any(vars(args)[n] != checkpoint["settings"][n] for n in ("model", "latent_dim")):
-            sys.exit(f"{saved} has another --model or --latent-dim: leave these flags out.")
+        args, old = parse_args(checkpoint["settings"]), checkpoint["settings"]
+        if any(vars(args)[n] != old[n] for n in ("beta1", "model", "latent_dim", "toy")):
+            sys.exit(f"{saved} has another --beta1, --model, --latent-dim or --toy: drop it.")
     elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
         sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")
     try:

@@ -346,9 +346,12 @@ class ScriptTests:
         self.assertEqual(blocked.read_text(), "mine")
         self.assertEqual([file for file in out.rglob("*") if file.is_file()], [])
 
-    def test_a_checkpoint_of_another_network_is_refused(self):
+    def test_flags_that_a_checkpoint_cannot_take_are_refused(self):
         out = self.copy()
-        for flags in (*self.others, ("--latent-dim", 8)):
+        checkpoint = load(out / "models" / "checkpoint.pth")
+        checkpoint["settings"]["toy"] = False
+        torch.save(checkpoint, out / "models" / "checkpoint.pth")
+        for flags in (*self.others, ("--latent-dim", 8), ("--beta1", 0.4), ("--toy",)):
             for what in (("--resume",), ("--generate", 5)):
                 self.assertIn("another", refused(self.script, *what, *flags, "--out-dir", out))
 
@@ -429,6 +432,18 @@ class MnistTest(ScriptTests, Folder):
         grid = read(folder / "grid.png")[..., 0].astype(int)
         np.testing.assert_allclose(grid[2:30, 2:30], read(files[0]), atol=1)
         self.assertEqual(read(folder / "walk.png").shape, self.grid_shape("mlp", columns=10))
+
+    def test_readmes_lines_for_another_project_draw_a_picture(self):
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        code = text.split("```python\n")[1].split("```")[0]
+        for name in ("gan_mnist.py", "common.py"):
+            shutil.copy(HERE / name, self.folder)
+        shutil.copytree(self.runs / "mlp", self.folder / "runs" / "gan_mnist")
+        code = code.replace("latent_dim=100", "latent_dim=7").replace("(64, 100)", "(64, 7)")
+        done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=self.folder,
+                              capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(read(self.folder / "digits.png").shape, self.grid_shape("mlp"))
 
     def test_data_is_read_from_files_in_torchvisions_layout(self):
         pixels, _ = self.write_idx("MNIST", 70)
