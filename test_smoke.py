@@ -835,6 +835,7 @@ class CelebaTest(ScriptTests, Folder):
         history = load(whole / "models" / "checkpoint.pth")["history"]
         self.assertAlmostEqual(history[1][7] * history[1][8], 192, delta=0.01)
         np.testing.assert_allclose([row[1:6] for row in history], (sums + more) / 3, rtol=1e-4)
+        self.assertLessEqual(max(share for row in history for share in row[3:6]), 1)
 
         process = torchrun(HERE / self.script, *flags, "--out-dir", cut)
         for _ in range(2):
