@@ -283,7 +283,7 @@ def train(args, device, count, read, checkpoint, rank, world):
         pictures, seconds = sample(ema, fixed), time.perf_counter() - began
         began += seconds
         history.append([epoch, *(sums / steps).tolist(), pictures.std(0).mean().item() / real_std,
-                        seconds, steps * per_step / seconds])  # spread near 0: collapse
+                        seconds, steps * per_step / seconds])  # std near 0: collapse
         if not np.isfinite(history[-1]).all():
             raise FloatingPointError("A loss is not finite: resume with a smaller --lr.")
         if not rank and (epoch % args.sample_every == 0 or epoch == args.epochs):
