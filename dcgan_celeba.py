@@ -6,9 +6,9 @@ The game and the rules are as in dcgan_cifar10.py. New, in the order below:
     Processes   torchrun starts one for each GPU. Each learns from its share of an epoch, gradients
                 are averaged, one writes. D's and G's updates stay as they are.
 
-    python dcgan_celeba.py --toy --out-dir runs/toy_celeba                  # no download
-    python dcgan_celeba.py --epochs 50
-    python dcgan_celeba.py --images FOLDER --out-dir runs/mine              # your own pictures
+    python dcgan_celeba.py --toy --out-dir runs/toy_celeba      # no download
+    python dcgan_celeba.py --epochs 50                          # later: --resume, --generate 64
+    python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own pictures
     torchrun --nproc-per-node 2 dcgan_celeba.py --out-dir runs/two_gpus
 """
 import argparse
@@ -114,9 +114,8 @@ def decode_all(place, root, limit):
                 pixels = list(pool.map(lambda name: decode(open_file, name), names))  # on all cores
                 skipped += [name for name, found in zip(names, pixels) if not found]
                 file.write(b"".join(filter(None, pixels)))
-                done, seconds = i + len(names), time.perf_counter() - began
-                line = (f"{done:,}/{len(files):,} decoded, {done / seconds:,.0f} pictures/s, "
-                        f"{seconds / done * (len(files) - done):.0f} s left")
+                done, speed = i + len(names), (i + len(names)) / (time.perf_counter() - began)
+                line = f"{done:,}/{len(files):,} decoded, {speed:,.0f} pictures/s"
                 if sys.stdout.isatty():
                     print(line, end="\r", flush=True)
             header = dict(descr="|u1", fortran_order=False, shape=(done - len(skipped), 64, 64, 3))
@@ -199,16 +198,16 @@ def sample(generator, z):
     return pictures
 
 
-def train(args, device, count, read, checkpoint, rank, world):
+def train(args, device, bf16, count, read, checkpoint, rank, world):
     """Trains as process rank of world; raises FloatingPointError if a loss is not finite."""
-    per_step = args.batch_size * world  # pictures, over all processes
-    steps = count // per_step
+    steps = count // (per_step := args.batch_size * world)  # pictures, over all processes
     if not steps:
         sys.exit(f"{count} pictures do not fill a batch of {per_step}: lower --batch-size.")
-    print(f"{count:,} pictures, {world} x {device}{', bfloat16' * args.bf16}, to {args.out_dir}")
+    print(f"{count:,} pictures, {world} x {device}{', bfloat16' * bf16}, to {args.out_dir!a}")
     torch.manual_seed(args.seed)
-    fixed = torch.randn(256, args.latent_dim)  # the same z in every epoch
-    layout = dict(device=device, memory_format=torch.channels_last)  # as in the data: it is faster
+    fixed_z = torch.randn(256, args.latent_dim)  # the same for the pictures of every epoch
+    layout = dict(device=device, memory_format=torch.channels_last if device.type != "mps" else
+                  torch.contiguous_format)  # channels last is faster; on Macs BatchNorm fails in it
     generator = Generator(args.latent_dim).apply(init_weights).to(**layout)
     discriminator = Discriminator().apply(init_weights).to(**layout)
     # G's weights circle around the optimum; their average is nearer to it, and is what we sample.
@@ -216,37 +215,38 @@ def train(args, device, count, read, checkpoint, rank, world):
     opt_g = torch.optim.Adam(generator.parameters(), betas=(args.beta1, 0.999), fused=True)
     opt_d = torch.optim.Adam(discriminator.parameters(), betas=(args.beta1, 0.999), fused=True)
     run = dict(generator=generator, discriminator=discriminator, ema=ema, opt_g=opt_g, opt_d=opt_d)
+    images = Path(args.out_dir, "images")
+    if not rank:
+        save_grid(read(slice(64)) / 127.5 - 1, images / "real.png")
+        save_grid(sample(ema, fixed_z[:64]), images / "epoch_000.png")
     for name, part in run.items() if checkpoint else ():
         part.load_state_dict(checkpoint[name])
-    history, images = checkpoint["history"] if checkpoint else [], Path(args.out_dir, "images")
+    history = checkpoint["history"] if checkpoint else []
     if not rank:
         save_run(args, run, history)
-    if not rank and not history:
-        save_grid(read(slice(64)) / 127.5 - 1, images / "real.png")
-        save_grid(sample(ema, fixed[:64]), images / "epoch_000.png")
     if args.compile:  # in place: the names in the checkpoint stay as they are
         generator.compile(), discriminator.compile()
     wrap = nn.parallel.DistributedDataParallel if world > 1 else lambda net: net
     net_g, net_d = wrap(generator), wrap(discriminator)  # averages gradients in backward()
     real_std = read(slice(0, None, count // 1000 + 1)).float().std(0).mean().item() / 127.5
-    autocast, began = torch.autocast(device.type, torch.bfloat16, args.bf16), time.perf_counter()
+    autocast, began = torch.autocast(device.type, torch.bfloat16, bf16), time.perf_counter()
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(args.seed * 10_000 + epoch)  # resumed or not: the same numbers
         order = torch.randperm(count)[:steps * per_step]  # in all processes
         torch.manual_seed(args.seed * 10_000 + epoch + rank * 10**8)  # but a z of its own in each
-        sums, shown = torch.zeros(5, device=device), time.perf_counter()
+        sums = torch.zeros(5, device=device)
         for step, batch in enumerate(order.view(steps, world, -1)[:, rank], 1):  # its share
             done = (epoch - 1) * steps + step - 1
             for group in opt_g.param_groups + opt_d.param_groups:
                 group["lr"] = args.lr * (1 - done / (args.epochs * steps))  # falls to 0
             r1, penalty = done % 16 == 0, 0
-            x = read(batch).to(device) / 127.5 - 1  # to [-1, 1], as G's tanh; half are mirrored
+            x = read(batch).to(**layout) / 127.5 - 1  # to [-1, 1], as G's tanh; half are mirrored
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
 
-            # D: minimise softplus(-D(x)) + softplus(D(G(z))). Real and fake batches go in apart, so
-            # BatchNorm does not mix their statistics; detach() keeps this loss's gradient out of G.
+            # D: minimise softplus(-D(x)) + softplus(D(G(z))). Real and fake go in apart: BatchNorm
+            # takes fakes by their own mean, as in G's step. detach() spares a pass back through G.
             with autocast:
                 fake = net_g(z)
                 on_fake = net_d(fake.detach())
@@ -259,7 +259,7 @@ def train(args, device, count, read, checkpoint, rank, world):
             (loss_d + penalty).backward()
             opt_d.step()
 
-            # G: minimise softplus(-D(G(z))) = -log p, p = sigmoid(D); log(1 - p) is flat at p = 0.
+            # G: minimise softplus(-D(G(z))) = -log p, p = sigmoid(D); log(1 - p) is flat near p=0.
             discriminator.requires_grad_(False)  # no gradients for D's weights: they would be lost
             with autocast:
                 fooled = discriminator(fake)
@@ -272,34 +272,44 @@ def train(args, device, count, read, checkpoint, rank, world):
             ema.update_parameters(generator)  # takes in 0.2 % at a step, more early on
             shares = [(logits > 0).float().mean() for logits in (on_real, -on_fake, fooled)]
             sums += torch.stack([loss_d.detach(), loss_g.detach(), *shares])  # .item() would wait
-            if sys.stdout.isatty() and time.perf_counter() - shown > 1:
-                shown = time.perf_counter()
-                speed, left = step / (shown - began), (args.epochs - epoch + 1) * steps - step
+            if sys.stdout.isatty() and step % 10 == 0:
+                left, speed = args.epochs * steps - done - 1, step / (time.perf_counter() - began)
                 print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  {left / speed:.0f} s left"
                       f"  {speed * per_step:,.0f} pictures/s    ", end="\r", flush=True)
 
         if world > 1:
             distributed.all_reduce(sums.div_(world))
-        pictures, seconds = sample(ema, fixed), time.perf_counter() - began
+        pictures, seconds = sample(ema, fixed_z), time.perf_counter() - began
         began += seconds
         history.append([epoch, *(sums / steps).tolist(), pictures.std(0).mean().item() / real_std,
-                        seconds, steps * per_step / seconds])  # std near 0: collapse
+                        seconds, steps * per_step / seconds])  # diversity near 0: collapse
         if not np.isfinite(history[-1]).all():
             raise FloatingPointError("A loss is not finite: resume with a smaller --lr.")
-        if not rank and (epoch % args.sample_every == 0 or epoch == args.epochs):
+        if rank:
+            continue  # one process writes
+        if epoch % args.sample_every == 0 or epoch == args.epochs:
             save_grid(pictures[:64], images / f"epoch_{epoch:03d}.png")
-        if not rank:  # one process writes
-            save_run(args, run, history)
+        save_run(args, run, history)
 
 
 def save_run(args, run, history):
-    """Writes history.csv, losses.png, progress.gif and models/; prints the last epoch's line."""
+    """Writes models/, history.csv, losses.png and progress.gif; prints the last epoch's line."""
     out = Path(args.out_dir)
+    settings = {name: value for name, value in vars(args).items()
+                if name not in ("out_dir", "device", "compile", "resume", "generate")}
+    states = {name: part.state_dict() for name, part in run.items()}
+    for name, content in dict(
+            checkpoint=dict(script="dcgan_celeba", settings=settings, history=history, **states),
+            generator=run["ema"].module.state_dict(),  # load it into a Generator for sample()
+            discriminator=states["discriminator"]).items():
+        # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
+        path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
+        torch.save(content, buffer)
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            file.write(buffer.getbuffer()), file.flush(), os.fsync(file.fileno())  # to the disk
+        path.with_suffix(".tmp").replace(path)
     if history:
         header = "epoch,loss_d,loss_g,acc_real,acc_fake,fooled,diversity,seconds,images_per_s"
-        print("epoch {}/{}  loss D {:.3f} G {:.3f}  right on real {:.2f} fake {:.2f}  fooled {:.2f}"
-              "  diversity {:.2f}  {:.1f} s  {:,.0f} pictures/s".format(len(history), args.epochs,
-              *history[-1][1:]), " LOW DIVERSITY" * (history[-1][6] < 0.5), flush=True)
         table = np.array(history)
         np.savetxt(out / "history.csv", table, "%.6g", ",", header=header, comments="")
         axes = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained").subplots()
@@ -310,30 +320,18 @@ def save_run(args, run, history):
         for i in range(len(history) + 1):
             with suppress(OSError):  # there is none, or a power failure cut it off
                 frames.append(Image.open(out / "images" / f"epoch_{i:03d}.png").copy())
-        if frames:
-            frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
-                           duration=200, loop=0)
-    settings = {name: value for name, value in vars(args).items()
-                if name not in ("out_dir", "device", "compile", "resume", "generate")}
-    states = {name: part.state_dict() for name, part in run.items()}
-    for name, content in dict(
-            checkpoint=dict(script="dcgan_celeba", settings=settings, history=history, **states),
-            generator=run["ema"].module.state_dict(),  # load_state_dict into a Generator, eval()
-            discriminator=states["discriminator"]).items():
-        # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
-        path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
-        torch.save(content, buffer)
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            file.write(buffer.getbuffer()), file.flush(), os.fsync(file.fileno())  # to the disk
-        path.with_suffix(".tmp").replace(path)
+        frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
+                       duration=200, loop=0)
+        print("epoch {}/{}  loss D {:.3f} G {:.3f}  right on real {:.2f} fake {:.2f}  fooled {:.2f}"
+              "  diversity {:.2f}  {:.1f} s  {:,.0f} pictures/s".format(len(history), args.epochs,
+              *history[-1][1:]), " LOW DIVERSITY" * (history[-1][6] < 0.5), flush=True)
 
 
 def load_checkpoint(path):
     """Returns the checkpoint; exits if it is missing, damaged or another script's."""
     with suppress(Exception):  # of many kinds, by what is wrong with the file
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare the checksums
-        # weights_only admits tensors and plain values alone: a stranger's file cannot run code.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # it can run no code
         if not damaged and checkpoint["script"] == "dcgan_celeba":
             return checkpoint
     sys.exit(f"{path} is missing, damaged or not dcgan_celeba.py's: train first or set --out-dir.")
@@ -344,10 +342,12 @@ def generate(args, device, checkpoint):
     ema = AveragedModel(Generator(args.latent_dim)).to(device)
     ema.load_state_dict(checkpoint["ema"])
     folder = Path(args.out_dir, "generated")
-    folder.mkdir()  # or FileExistsError: nothing is overwritten
+    if folder.exists():
+        sys.exit(f"{folder} exists, and nothing is overwritten: rename or delete it first.")
+    folder.mkdir()
     torch.manual_seed(args.seed)
-    z = torch.randn(args.generate, args.latent_dim)
-    for i, pixels in enumerate(((sample(ema, z) + 1) * 127.5).round().byte().numpy()):
+    for i, z in enumerate(torch.randn(args.generate, args.latent_dim).split(1)):
+        pixels = ((sample(ema, z)[0] + 1) * 127.5).round().byte().numpy()
         Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{i:05d}.png")
     save_grid(sample(ema, torch.randn(64, args.latent_dim)), folder / "grid.png")
     # Rows of the walk are quarter circles: a line would pass too near to 0, where G saw few z.
@@ -377,11 +377,11 @@ def main():
         device = torch.device(args.device or torch.accelerator.current_accelerator(True) or "cpu")
         torch.ones(1, device=device).cpu()
     except Exception as error:  # of many kinds, by what is missing
-        sys.exit(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    if args.bf16 is None:  # where it is not native it is slower than float32
-        native = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
-        args.bf16 = (torch.cuda.is_bf16_supported(False) if device.type == "cuda"
-                     else device.type == "cpu" and native.get("avx512_bf16", False))
+        sys.exit(f"--device {args.device or ''} cannot be used: {str(error).splitlines()[0]}")
+    native = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+    native = (torch.cuda.is_bf16_supported(False) if device.type == "cuda"
+              else device.type == "cpu" and native.get("avx512_bf16", False))
+    bf16 = native if args.bf16 is None else args.bf16  # else float32 is faster
     try:
         if args.generate:
             return rank or generate(args, device, checkpoint)
@@ -390,7 +390,7 @@ def main():
         if world > 1:
             kind = "nccl" if device.type == "cuda" and distributed.is_nccl_available() else "gloo"
             distributed.init_process_group(kind, timeout=timedelta(days=1)), distributed.barrier()
-        train(args, device, *(data or load_data(args)), checkpoint, rank, world)
+        train(args, device, bf16, *(data or load_data(args)), checkpoint, rank, world)
     except (KeyboardInterrupt, OSError, FloatingPointError) as error:
         hint = f'\nGo on from the last epoch: python dcgan_celeba.py --resume --out-dir "{out}"'
         sys.exit(f"\nStopped. {error}{hint if saved.exists() and not args.generate else ''}")

@@ -1,17 +1,20 @@
 """A GAN on Fashion-MNIST, and how to watch one: healthy, collapsed, or told what to draw.
 
-gan_mnist.py explains the game; this is how to read the line of an epoch. Losses of D 1.39 and G
-0.69 mean that D only guesses; neither says how good the pictures are. "right on" are the shares of
-real and of fake pictures that D judges right: 0.5 is guessing; if near 1 for long, G learns little.
-"fooled": the share of fakes that D, after its update, takes for real. Diversity: the spread of
-generated pictures over that of real ones, near 1 in a healthy run. In mode collapse G draws the
-same few: no term of its loss asks for variety. See it by --g-steps 10 --limit 12800 --epochs 4.
+gan_mnist.py explains the game; this is how to read the line of an epoch. Losses of 2 log 2 = 1.39
+(D) and log 2 = 0.69 (G) mean that D only guesses; neither says how good the pictures are. "right
+on" are the shares of real and of fake pictures that D judges right: 0.5 is guessing; if near 1 for
+long, G learns little. "fooled": the share of fakes that D, after its update, takes for real.
+Diversity: the standard deviation of each pixel from picture to picture, over that of real ones;
+near 1 in a healthy run. In mode collapse G draws the same few pictures, as no term of its loss
+asks for variety. Below 0.5 the line says LOW DIVERSITY, normal only in the first epochs; but five
+shapes over and over can still reach 0.8, so look at the grids. The last command makes it collapse.
 With --conditional, G and D also see the class: 0 t-shirt, 1 trouser, 2 pullover, 3 dress, 4 coat,
 5 sandal, 6 shirt, 7 sneaker, 8 bag, 9 ankle boot. Each row of a grid is then a class.
 
-    python gan_fashion.py --toy --out-dir runs/toy_fashion              # letters, no download
-    python gan_fashion.py                                               # grids of 9x9 pictures
+    python gan_fashion.py --toy --out-dir runs/toy_fashion  # letters, no download
+    python gan_fashion.py                                   # later: --resume, --generate 81
     python gan_fashion.py --conditional --out-dir runs/conditional
+    python gan_fashion.py --g-steps 10 --limit 12800 --epochs 4 --out-dir runs/collapse
 """
 import argparse
 import io
@@ -71,7 +74,7 @@ def parse_args(settings=None):
 
 def load_data(args):
     """Returns the 60,000 training pictures, or toy ones, uint8 N x 1 x 28 x 28, and labels N."""
-    if args.toy:  # letters in matplotlib's fonts, each by chance in font, place and angle
+    if args.toy:  # letters in matplotlib's fonts but Display, by chance in font, place and angle
         files = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVuS*[!y].ttf")
         fonts = [ImageFont.truetype(str(file), 22) for file in sorted(files)]
         rng, pictures = np.random.default_rng(0), []
@@ -132,11 +135,11 @@ def sample(generator, z, labels):
     return pictures
 
 
-def train(args, device, data, labels, checkpoint):
+def train(args, device, bf16, data, labels, checkpoint):
     """Trains on uint8 N x 1 x 28 x 28; raises FloatingPointError if a loss is not finite."""
     if len(data) < args.batch_size:
         sys.exit(f"{len(data)} pictures do not fill a batch: lower --batch-size {args.batch_size}.")
-    print(f"{len(data):,} pictures, {device}{', bfloat16' * args.bf16}, to {args.out_dir}")
+    print(f"{len(data):,} pictures, {device}{', bfloat16' * bf16}, to {args.out_dir!a}")
     torch.manual_seed(args.seed)
     classes, n = (10, 10) if args.conditional else (0, 9)  # grids are n x n, with a class a row
     fixed = torch.randn(1000, args.latent_dim), torch.arange(1000) // n % 10  # in every epoch
@@ -147,24 +150,24 @@ def train(args, device, data, labels, checkpoint):
     opt_g = torch.optim.Adam(generator.parameters(), betas=(args.beta1, 0.999), fused=True)
     opt_d = torch.optim.Adam(discriminator.parameters(), betas=(args.beta1, 0.999), fused=True)
     run = dict(generator=generator, discriminator=discriminator, ema=ema, opt_g=opt_g, opt_d=opt_d)
+    images = Path(args.out_dir, "images")
+    rows = [data[labels == k][:n] for k in range(10)] if args.conditional else [data[:n * n]]
+    save_grid(torch.cat(rows) / 127.5 - 1, images / "real.png", n)
+    save_grid(sample(ema, *fixed)[:n * n], images / "epoch_000.png", n)
     for name, part in run.items() if checkpoint else ():
         part.load_state_dict(checkpoint[name])
-    history, images = checkpoint["history"] if checkpoint else [], Path(args.out_dir, "images")
+    history = checkpoint["history"] if checkpoint else []
     save_run(args, run, history)
-    if not history:
-        rows = [data[labels == k][:n] for k in range(10)] if args.conditional else [data[:n * n]]
-        save_grid(torch.cat(rows) / 127.5 - 1, images / "real.png", n)
-        save_grid(sample(ema, *fixed)[:n * n], images / "epoch_000.png", n)
     if args.compile:  # in place: the names in the checkpoint stay as they are
         generator.compile(), discriminator.compile()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     real_std, began = (data[:10_000] / 127.5).std(0).mean().item(), time.perf_counter()
     data, labels, steps = data.to(device), labels.to(device), len(data) // args.batch_size
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(args.seed * 10_000 + epoch)  # resumed or not: the same numbers
         order = torch.randperm(len(data), device=device)[:steps * args.batch_size]
-        sums, shown = torch.zeros(5, device=device), time.perf_counter()
+        sums = torch.zeros(5, device=device)
         for step, batch in enumerate(order.view(steps, args.batch_size), 1):
             done = (epoch - 1) * steps + step - 1
             for group in opt_g.param_groups + opt_d.param_groups:
@@ -174,8 +177,8 @@ def train(args, device, data, labels, checkpoint):
             y = labels[batch]  # the fakes are of the same classes; not used unless --conditional
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
 
-            # D: minimise softplus(-D(x)) + softplus(D(G(z))). Real and fake batches go in apart, so
-            # BatchNorm does not mix their statistics; detach() keeps this loss's gradient out of G.
+            # D: minimise softplus(-D(x)) + softplus(D(G(z))). Real and fake go in apart: BatchNorm
+            # takes fakes by their own mean, as in G's step. detach() spares a pass back through G.
             with autocast:
                 fake = generator(z, y)
                 on_fake = discriminator(fake.detach(), y)
@@ -188,7 +191,7 @@ def train(args, device, data, labels, checkpoint):
             (loss_d + penalty).backward()
             opt_d.step()
 
-            # G: minimise softplus(-D(G(z))) = -log p, p = sigmoid(D); log(1 - p) is flat at p = 0.
+            # G: minimise softplus(-D(G(z))) = -log p, p = sigmoid(D); log(1 - p) is flat near p=0.
             discriminator.requires_grad_(False)  # no gradients for D's weights: they would be lost
             for turn in range(args.g_steps):
                 with autocast:
@@ -203,16 +206,15 @@ def train(args, device, data, labels, checkpoint):
             ema.update_parameters(generator)  # takes in 0.2 % at a step, more early on
             shares = [(logits > 0).float().mean() for logits in (on_real, -on_fake, fooled)]
             sums += torch.stack([loss_d.detach(), loss_g.detach(), *shares])  # .item() would wait
-            if sys.stdout.isatty() and time.perf_counter() - shown > 1:
-                shown = time.perf_counter()
-                speed, left = step / (shown - began), (args.epochs - epoch + 1) * steps - step
+            if sys.stdout.isatty() and step % 10 == 0:
+                left, speed = args.epochs * steps - done - 1, step / (time.perf_counter() - began)
                 print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  {left / speed:.0f} s left"
                       f"  {speed * args.batch_size:,.0f} pictures/s    ", end="\r", flush=True)
 
         pictures, seconds = sample(ema, *fixed), time.perf_counter() - began
         began += seconds
         history.append([epoch, *(sums / steps).tolist(), pictures.std(0).mean().item() / real_std,
-                        seconds, steps * args.batch_size / seconds])  # std near 0: collapse
+                        seconds, steps * args.batch_size / seconds])  # diversity near 0: collapse
         if not np.isfinite(history[-1]).all():
             raise FloatingPointError("A loss is not finite: resume with a smaller --lr.")
         if epoch % args.sample_every == 0 or epoch == args.epochs:
@@ -221,13 +223,22 @@ def train(args, device, data, labels, checkpoint):
 
 
 def save_run(args, run, history):
-    """Writes history.csv, losses.png, progress.gif and models/; prints the last epoch's line."""
+    """Writes models/, history.csv, losses.png and progress.gif; prints the last epoch's line."""
     out = Path(args.out_dir)
+    settings = {name: value for name, value in vars(args).items()
+                if name not in ("out_dir", "device", "compile", "resume", "generate")}
+    states = {name: part.state_dict() for name, part in run.items()}
+    for name, content in dict(
+            checkpoint=dict(script="gan_fashion", settings=settings, history=history, **states),
+            generator=run["ema"].module.state_dict(),  # load it into a Generator for sample()
+            discriminator=states["discriminator"]).items():
+        # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
+        path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
+        torch.save(content, buffer)
+        path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
+        path.with_suffix(".tmp").replace(path)
     if history:
         header = "epoch,loss_d,loss_g,acc_real,acc_fake,fooled,diversity,seconds,images_per_s"
-        print("epoch {}/{}  loss D {:.3f} G {:.3f}  right on real {:.2f} fake {:.2f}  fooled {:.2f}"
-              "  diversity {:.2f}  {:.1f} s  {:,.0f} pictures/s".format(len(history), args.epochs,
-              *history[-1][1:]), " LOW DIVERSITY" * (history[-1][6] < 0.5), flush=True)
         table = np.array(history)
         np.savetxt(out / "history.csv", table, "%.6g", ",", header=header, comments="")
         axes = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained").subplots()
@@ -236,29 +247,18 @@ def save_run(args, run, history):
         axes.figure.savefig(out / "losses.png")
         files = [out / "images" / f"epoch_{i:03d}.png" for i in range(len(history) + 1)]
         frames = [Image.open(file).convert("L") for file in files if file.exists()]
-        if frames:  # there are none if only the checkpoint was kept
-            frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
-                           duration=200, loop=0)
-    settings = {name: value for name, value in vars(args).items()
-                if name not in ("out_dir", "device", "compile", "resume", "generate")}
-    states = {name: part.state_dict() for name, part in run.items()}
-    for name, content in dict(
-            checkpoint=dict(script="gan_fashion", settings=settings, history=history, **states),
-            generator=run["ema"].module.state_dict(),  # load_state_dict into a Generator, eval()
-            discriminator=states["discriminator"]).items():
-        # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
-        path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
-        torch.save(content, buffer)
-        path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
-        path.with_suffix(".tmp").replace(path)
+        frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
+                       duration=200, loop=0)
+        print("epoch {}/{}  loss D {:.3f} G {:.3f}  right on real {:.2f} fake {:.2f}  fooled {:.2f}"
+              "  diversity {:.2f}  {:.1f} s  {:,.0f} pictures/s".format(len(history), args.epochs,
+              *history[-1][1:]), " LOW DIVERSITY" * (history[-1][6] < 0.5), flush=True)
 
 
 def load_checkpoint(path):
     """Returns the checkpoint; exits if it is missing, damaged or another script's."""
     with suppress(Exception):  # of many kinds, by what is wrong with the file
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare the checksums
-        # weights_only admits tensors and plain values alone: a stranger's file cannot run code.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # it can run no code
         if not damaged and checkpoint["script"] == "gan_fashion":
             return checkpoint
     sys.exit(f"{path} is missing, damaged or not gan_fashion.py's: train first or set --out-dir.")
@@ -270,12 +270,14 @@ def generate(args, device, checkpoint):
     ema.load_state_dict(checkpoint["ema"])
     names = "ABCDEFGHIJ" if args.toy else [s.replace("/top", "") for s in FashionMNIST.classes]
     folder, n = Path(args.out_dir, "generated"), 10 if args.conditional else 9
-    folder.mkdir()  # or FileExistsError: nothing is overwritten
+    if folder.exists():
+        sys.exit(f"{folder} exists, and nothing is overwritten: rename or delete it first.")
     torch.manual_seed(args.seed)
     z, y = torch.randn(args.generate, args.latent_dim), torch.arange(args.generate) % 10
-    for i, pixels in enumerate(((sample(ema, z, y) + 1) * 127.5).round().byte().numpy()):
+    for i, one in enumerate(zip(z.split(1), y.split(1))):
+        pixels = ((sample(ema, *one)[0] + 1) * 127.5).round().byte().numpy()
         place = folder / f"{i % 10}_{names[i % 10]}" if args.conditional else folder
-        place.mkdir(exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[0]).save(place / f"{i:05d}.png")
     z, y = torch.randn(n * n, args.latent_dim), torch.arange(n * n) // n
     save_grid(sample(ema, z, y), folder / "grid.png", n)
@@ -299,16 +301,16 @@ def main():
         device = torch.device(args.device or torch.accelerator.current_accelerator(True) or "cpu")
         torch.ones(1, device=device).cpu()
     except Exception as error:  # of many kinds, by what is missing
-        sys.exit(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    if args.bf16 is None:  # where it is not native it is slower than float32
-        native = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
-        args.bf16 = (torch.cuda.is_bf16_supported(False) if device.type == "cuda"
-                     else device.type == "cpu" and native.get("avx512_bf16", False))
+        sys.exit(f"--device {args.device or ''} cannot be used: {str(error).splitlines()[0]}")
+    native = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+    native = (torch.cuda.is_bf16_supported(False) if device.type == "cuda"
+              else device.type == "cpu" and native.get("avx512_bf16", False))
+    bf16 = native if args.bf16 is None else args.bf16  # else float32 is faster
     try:
         if args.generate:
             return generate(args, device, checkpoint)
         (out / "models").mkdir(parents=True, exist_ok=True)
-        train(args, device, *load_data(args), checkpoint)
+        train(args, device, bf16, *load_data(args), checkpoint)
     except (KeyboardInterrupt, OSError, FloatingPointError) as error:
         hint = f'\nGo on from the last epoch: python gan_fashion.py --resume --out-dir "{out}"'
         sys.exit(f"\nStopped. {error}{hint if saved.exists() and not args.generate else ''}")
