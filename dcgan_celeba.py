@@ -1,13 +1,12 @@
 """A DCGAN for faces at 64x64: CelebA, and what changes when data is large and the run long.
 
-The game and the rules are as in dcgan_cifar10.py. New, in the order below:
+D learns to tell real pictures from G's, and G to fool D: dcgan_cifar10.py has the rules. New here:
     Decoding    Each file becomes 64x64x3 bytes, once; a batch reads its own from the disk.
     Fetching    1.4 GB are saved as .part, which is renamed only if its MD5 is right.
-    Processes   torchrun starts one for each GPU. Each learns from its share of an epoch, gradients
-                are averaged, one writes. D's and G's updates stay as they are.
+    Processes   torchrun starts one a GPU: each takes its share of an epoch, gradients are averaged.
 
     python dcgan_celeba.py --toy --out-dir runs/toy_celeba      # no download
-    python dcgan_celeba.py --epochs 50                          # later: --resume, --generate 64
+    python dcgan_celeba.py --epochs 50                          # later: --resume or --generate 64
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own pictures
     torchrun --nproc-per-node 2 dcgan_celeba.py --out-dir runs/two_gpus
 """
@@ -210,32 +209,31 @@ def train(args, device, bf16, count, read, checkpoint, rank, world):
                   torch.contiguous_format)  # channels last is faster; on Macs BatchNorm fails in it
     generator = Generator(args.latent_dim).apply(init_weights).to(**layout)
     discriminator = Discriminator().apply(init_weights).to(**layout)
-    # G's weights circle around the optimum; their average is nearer to it, and is what we sample.
+    # G's weights circle around a balance; their average is nearer to it, and is what we sample.
     ema = AveragedModel(generator, use_buffers=True)
     opt_g = torch.optim.Adam(generator.parameters(), betas=(args.beta1, 0.999), fused=True)
     opt_d = torch.optim.Adam(discriminator.parameters(), betas=(args.beta1, 0.999), fused=True)
     run = dict(generator=generator, discriminator=discriminator, ema=ema, opt_g=opt_g, opt_d=opt_d)
-    images = Path(args.out_dir, "images")
-    if not rank:
-        save_grid(read(slice(64)) / 127.5 - 1, images / "real.png")
-        save_grid(sample(ema, fixed_z[:64]), images / "epoch_000.png")
     for name, part in run.items() if checkpoint else ():
         part.load_state_dict(checkpoint[name])
-    history = checkpoint["history"] if checkpoint else []
+    history, images = checkpoint["history"] if checkpoint else [], Path(args.out_dir, "images")
     if not rank:
         save_run(args, run, history)
+    if not rank and not history:
+        save_grid(read(slice(64)) / 127.5 - 1, images / "real.png")
+        save_grid(sample(ema, fixed_z[:64]), images / "epoch_000.png")
     if args.compile:  # in place: the names in the checkpoint stay as they are
         generator.compile(), discriminator.compile()
     wrap = nn.parallel.DistributedDataParallel if world > 1 else lambda net: net
     net_g, net_d = wrap(generator), wrap(discriminator)  # averages gradients in backward()
-    real_std = read(slice(0, None, count // 1000 + 1)).float().std(0).mean().item() / 127.5
+    real_std = read(slice(0, None, count // 1000 + 1)).float().std(0).mean().item() / 127.5 or 1
     autocast, began = torch.autocast(device.type, torch.bfloat16, bf16), time.perf_counter()
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(args.seed * 10_000 + epoch)  # resumed or not: the same numbers
         order = torch.randperm(count)[:steps * per_step]  # in all processes
         torch.manual_seed(args.seed * 10_000 + epoch + rank * 10**8)  # but a z of its own in each
-        sums = torch.zeros(5, device=device)
+        means = torch.zeros(5, device=device)
         for step, batch in enumerate(order.view(steps, world, -1)[:, rank], 1):  # its share
             done = (epoch - 1) * steps + step - 1
             for group in opt_g.param_groups + opt_d.param_groups:
@@ -245,22 +243,23 @@ def train(args, device, bf16, count, read, checkpoint, rank, world):
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
 
-            # D: minimise softplus(-D(x)) + softplus(D(G(z))). Real and fake go in apart: BatchNorm
-            # takes fakes by their own mean, as in G's step. detach() spares a pass back through G.
+            # D: minimise softplus(-D(x)) + softplus(D(G(z))) = -log p(x) - log(1 - p(G(z))), where
+            # p = sigmoid(D). Real and fake go in apart: BatchNorm normalises fakes as in G's step.
             with autocast:
                 fake = net_g(z)
-                on_fake = net_d(fake.detach())
-                on_real = discriminator.forward(x.requires_grad_(r1))  # R1 cannot be compiled
+                on_fake = net_d(fake.detach())  # spares G, whose graph is used below
+                on_real = discriminator.forward(x.requires_grad_(r1))  # uncompiled, for R1
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
-            if r1:  # R1 keeps D from growing steep (Mescheder et al. 2018): 16-fold, 1 step in 16
+            if r1:  # R1 (Mescheder et al. 2018) keeps D from growing steep: 16-fold, 1 step in 16
                 grad, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
                 penalty = 16 * 0.1 / 2 * grad.square().sum((1, 2, 3)).mean()
             opt_d.zero_grad()
             (loss_d + penalty).backward()
             opt_d.step()
 
-            # G: minimise softplus(-D(G(z))) = -log p, p = sigmoid(D); log(1 - p) is flat near p=0.
-            discriminator.requires_grad_(False)  # no gradients for D's weights: they would be lost
+            # G: minimise softplus(-D(G(z))) = -log p(G(z)). While D spots fakes, p near 0, it is
+            # steep in D; log(1 - p) is flat. D is frozen: its own gradients would only be zeroed.
+            discriminator.requires_grad_(False)
             with autocast:
                 fooled = discriminator(fake)
             loss_g = softplus(-fooled.float()).mean()
@@ -271,20 +270,20 @@ def train(args, device, bf16, count, read, checkpoint, rank, world):
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(0.998, (done + 1) / (done + 10)))
             ema.update_parameters(generator)  # takes in 0.2 % at a step, more early on
             shares = [(logits > 0).float().mean() for logits in (on_real, -on_fake, fooled)]
-            sums += torch.stack([loss_d.detach(), loss_g.detach(), *shares])  # .item() would wait
+            means += torch.stack([loss_d.detach(), loss_g.detach(), *shares]) / steps  # no sync
             if sys.stdout.isatty() and step % 10 == 0:
                 left, speed = args.epochs * steps - done - 1, step / (time.perf_counter() - began)
                 print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  {left / speed:.0f} s left"
                       f"  {speed * per_step:,.0f} pictures/s    ", end="\r", flush=True)
 
         if world > 1:
-            distributed.all_reduce(sums.div_(world))
+            distributed.all_reduce(means.div_(world))
         pictures, seconds = sample(ema, fixed_z), time.perf_counter() - began
         began += seconds
-        history.append([epoch, *(sums / steps).tolist(), pictures.std(0).mean().item() / real_std,
-                        seconds, steps * per_step / seconds])  # diversity near 0: collapse
+        diversity = pictures.std(0).mean().item() / real_std  # near 0: collapse
+        history.append([epoch, *means.tolist(), diversity, seconds, steps * per_step / seconds])
         if not np.isfinite(history[-1]).all():
-            raise FloatingPointError("A loss is not finite: resume with a smaller --lr.")
+            raise FloatingPointError("A loss is not finite: give a smaller --lr, too.")
         if rank:
             continue  # one process writes
         if epoch % args.sample_every == 0 or epoch == args.epochs:
@@ -320,8 +319,9 @@ def save_run(args, run, history):
         for i in range(len(history) + 1):
             with suppress(OSError):  # there is none, or a power failure cut it off
                 frames.append(Image.open(out / "images" / f"epoch_{i:03d}.png").copy())
-        frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
-                       duration=200, loop=0)
+        if frames:
+            frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
+                           duration=200, loop=0)
         print("epoch {}/{}  loss D {:.3f} G {:.3f}  right on real {:.2f} fake {:.2f}  fooled {:.2f}"
               "  diversity {:.2f}  {:.1f} s  {:,.0f} pictures/s".format(len(history), args.epochs,
               *history[-1][1:]), " LOW DIVERSITY" * (history[-1][6] < 0.5), flush=True)
@@ -365,7 +365,7 @@ def main():
         checkpoint = load_checkpoint(saved)
         args, old = parse_args(checkpoint["settings"]), checkpoint["settings"]
         if any(vars(args)[n] != old[n] for n in ("beta1", "latent_dim", "toy")):
-            sys.exit(f"{saved} has another --beta1, --latent-dim or --toy: drop it.")
+            sys.exit(f"{saved}: a run keeps its --beta1, --latent-dim and --toy.")
     elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
         sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")
     if args.images and (args.toy or any(Path(args.images).resolve() in Path(
@@ -381,7 +381,7 @@ def main():
     native = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
     native = (torch.cuda.is_bf16_supported(False) if device.type == "cuda"
               else device.type == "cpu" and native.get("avx512_bf16", False))
-    bf16 = native if args.bf16 is None else args.bf16  # else float32 is faster
+    bf16 = native if args.bf16 is None else args.bf16  # not native: float32 is faster
     try:
         if args.generate:
             return rank or generate(args, device, checkpoint)

@@ -4,13 +4,11 @@
     2  No dense hidden layers. (Channels are 48 to 192 here, kernels 4 wide, for speed on a CPU.)
     3  BatchNorm after each hidden layer but D's first.
     4  ReLU in G, tanh at its end; LeakyReLU with a slope of 0.2 in D.
-    5  Weights from N(0, 0.02); Adam with beta1 of 0.5 and a learning rate of 0.0002. Ours falls
-       from 0.001 to 0: FID (lower is better) after 3 epochs, without R1, 18.7; from 0.0004, 20.9.
-    +  R1. BatchNorm shows D if a batch is all real or all fake. Without R1, from a rate of 0.002,
-       D was right on 95 % after 15 epochs and FID hardly fell any more; with R1 it went on.
+    5  Weights from N(0, 0.02); Adam with beta1 of 0.5, learning rate 0.0002 (here 0.001, falling).
+    +  R1. BatchNorm shows D if a batch is all real or all fake: without R1, D won by that in time.
 
     python dcgan_cifar10.py --toy --out-dir runs/toy_cifar10      # no download
-    python dcgan_cifar10.py                                       # later: --resume, --generate 64
+    python dcgan_cifar10.py                                       # later: --resume or --generate 64
     python dcgan_cifar10.py --conditional --out-dir runs/classes  # a class per row
 """
 import argparse
@@ -139,61 +137,62 @@ def train(args, device, bf16, data, labels, checkpoint):
     print(f"{len(data):,} pictures, {device}{', bfloat16' * bf16}, to {args.out_dir!a}")
     torch.manual_seed(args.seed)
     classes, n = (10, 10) if args.conditional else (0, 8)  # grids are n x n, with a class a row
-    fixed = torch.randn(1000, args.latent_dim), torch.arange(1000) // n % 10  # in every epoch
+    fixed = torch.randn(1000, args.latent_dim), torch.arange(1000) // n % 10 * args.conditional
     layout = dict(device=device, memory_format=torch.channels_last if device.type != "mps" else
                   torch.contiguous_format)  # channels last is faster; on Macs BatchNorm fails in it
     generator = Generator(args.latent_dim, classes).apply(init_weights).to(**layout)  # rule 5
     discriminator = Discriminator(classes).apply(init_weights).to(**layout)
-    # G's weights circle around the optimum; their average is nearer to it, and is what we sample.
+    # G's weights circle around a balance; their average is nearer to it, and is what we sample.
     ema = AveragedModel(generator, use_buffers=True)
     opt_g = torch.optim.Adam(generator.parameters(), betas=(args.beta1, 0.999), fused=True)
     opt_d = torch.optim.Adam(discriminator.parameters(), betas=(args.beta1, 0.999), fused=True)
     run = dict(generator=generator, discriminator=discriminator, ema=ema, opt_g=opt_g, opt_d=opt_d)
-    images = Path(args.out_dir, "images")
-    rows = [data[labels == k][:n] for k in range(10)] if args.conditional else [data[:n * n]]
-    save_grid(torch.cat(rows) / 127.5 - 1, images / "real.png", n)
-    save_grid(sample(ema, *fixed)[:n * n], images / "epoch_000.png", n)
     for name, part in run.items() if checkpoint else ():
         part.load_state_dict(checkpoint[name])
-    history = checkpoint["history"] if checkpoint else []
+    history, images = checkpoint["history"] if checkpoint else [], Path(args.out_dir, "images")
     save_run(args, run, history)
+    if not history:
+        rows = [data[labels == k][:n] for k in range(10)] if args.conditional else [data[:n * n]]
+        save_grid(torch.cat(rows) / 127.5 - 1, images / "real.png", n)
+        save_grid(sample(ema, *fixed)[:n * n], images / "epoch_000.png", n)
     if args.compile:  # in place: the names in the checkpoint stay as they are
         generator.compile(), discriminator.compile()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    real_std, began = (data[:10_000] / 127.5).std(0).mean().item(), time.perf_counter()
+    spread = lambda x, y: torch.stack([x[y == k].std(0, correction=0) for k in y.unique()]).mean()
+    real_spread = spread(data[:10_000] / 127.5, labels[:10_000] * args.conditional).item() or 1
+    autocast, began = torch.autocast(device.type, torch.bfloat16, bf16), time.perf_counter()
     data, labels, steps = data.to(**layout), labels.to(device), len(data) // args.batch_size
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(args.seed * 10_000 + epoch)  # resumed or not: the same numbers
         order = torch.randperm(len(data), device=device)[:steps * args.batch_size]
-        sums = torch.zeros(5, device=device)
+        means = torch.zeros(5, device=device)
         for step, batch in enumerate(order.view(steps, args.batch_size), 1):
             done = (epoch - 1) * steps + step - 1
             for group in opt_g.param_groups + opt_d.param_groups:
                 group["lr"] = args.lr * (1 - done / (args.epochs * steps))  # rule 5; falls to 0
             r1, penalty = done % 16 == 0, 0
-            x = data[batch] / 127.5 - 1  # to [-1, 1], the range of G's tanh
+            x, y = data[batch] / 127.5 - 1, labels[batch]  # x in [-1, 1], the range of G's tanh
             turned = torch.rand(len(x), 1, 1, 1, device=device) < 0.5 * (not args.toy)
             x = torch.where(turned, x.flip(3), x)  # half of them mirrored, but for the toy letters
-            y = labels[batch]  # the fakes are of the same classes; not used unless --conditional
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
 
-            # D: minimise softplus(-D(x)) + softplus(D(G(z))). Real and fake go in apart: BatchNorm
-            # takes fakes by their own mean, as in G's step. detach() spares a pass back through G.
+            # D: minimise softplus(-D(x)) + softplus(D(G(z))) = -log p(x) - log(1 - p(G(z))), where
+            # p = sigmoid(D). Real and fake go in apart: BatchNorm normalises fakes as in G's step.
             with autocast:
-                fake = generator(z, y)
-                on_fake = discriminator(fake.detach(), y)
-                on_real = discriminator.forward(x.requires_grad_(r1), y)  # R1 cannot be compiled
+                fake = generator(z, y)  # of the real pictures' classes
+                on_fake = discriminator(fake.detach(), y)  # spares G, whose graph is used below
+                on_real = discriminator.forward(x.requires_grad_(r1), y)  # uncompiled, for R1
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
-            if r1:  # R1 keeps D from growing steep (Mescheder et al. 2018): 16-fold, 1 step in 16
+            if r1:  # R1 (Mescheder et al. 2018) keeps D from growing steep: 16-fold, 1 step in 16
                 grad, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
                 penalty = 16 * 0.1 / 2 * grad.square().sum((1, 2, 3)).mean()
             opt_d.zero_grad()
             (loss_d + penalty).backward()
             opt_d.step()
 
-            # G: minimise softplus(-D(G(z))) = -log p, p = sigmoid(D); log(1 - p) is flat near p=0.
-            discriminator.requires_grad_(False)  # no gradients for D's weights: they would be lost
+            # G: minimise softplus(-D(G(z))) = -log p(G(z)). While D spots fakes, p near 0, it is
+            # steep in D; log(1 - p) is flat. D is frozen: its own gradients would only be zeroed.
+            discriminator.requires_grad_(False)
             with autocast:
                 fooled = discriminator(fake, y)
             loss_g = softplus(-fooled.float()).mean()
@@ -204,7 +203,7 @@ def train(args, device, bf16, data, labels, checkpoint):
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(0.998, (done + 1) / (done + 10)))
             ema.update_parameters(generator)  # takes in 0.2 % at a step, more early on
             shares = [(logits > 0).float().mean() for logits in (on_real, -on_fake, fooled)]
-            sums += torch.stack([loss_d.detach(), loss_g.detach(), *shares])  # .item() would wait
+            means += torch.stack([loss_d.detach(), loss_g.detach(), *shares]) / steps  # no sync
             if sys.stdout.isatty() and step % 10 == 0:
                 left, speed = args.epochs * steps - done - 1, step / (time.perf_counter() - began)
                 print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  {left / speed:.0f} s left"
@@ -212,10 +211,10 @@ def train(args, device, bf16, data, labels, checkpoint):
 
         pictures, seconds = sample(ema, *fixed), time.perf_counter() - began
         began += seconds
-        history.append([epoch, *(sums / steps).tolist(), pictures.std(0).mean().item() / real_std,
-                        seconds, steps * args.batch_size / seconds])  # diversity near 0: collapse
+        diversity = (spread(pictures, fixed[1]) / real_spread).item()  # by class; near 0: collapse
+        history.append([epoch, *means.tolist(), diversity, seconds, steps * len(z) / seconds])
         if not np.isfinite(history[-1]).all():
-            raise FloatingPointError("A loss is not finite: resume with a smaller --lr.")
+            raise FloatingPointError("A loss is not finite: give a smaller --lr, too.")
         if epoch % args.sample_every == 0 or epoch == args.epochs:
             save_grid(pictures[:n * n], images / f"epoch_{epoch:03d}.png", n)
         save_run(args, run, history)
@@ -246,8 +245,9 @@ def save_run(args, run, history):
         axes.figure.savefig(out / "losses.png")
         files = [out / "images" / f"epoch_{i:03d}.png" for i in range(len(history) + 1)]
         frames = [Image.open(file).copy() for file in files if file.exists()]
-        frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
-                       duration=200, loop=0)
+        if frames:  # there are none if only the checkpoint was kept
+            frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
+                           duration=200, loop=0)
         print("epoch {}/{}  loss D {:.3f} G {:.3f}  right on real {:.2f} fake {:.2f}  fooled {:.2f}"
               "  diversity {:.2f}  {:.1f} s  {:,.0f} pictures/s".format(len(history), args.epochs,
               *history[-1][1:]), " LOW DIVERSITY" * (history[-1][6] < 0.5), flush=True)
@@ -294,7 +294,7 @@ def main():
         checkpoint = load_checkpoint(saved)
         args, old = parse_args(checkpoint["settings"]), checkpoint["settings"]
         if any(vars(args)[n] != old[n] for n in ("beta1", "conditional", "latent_dim", "toy")):
-            sys.exit(f"{saved} has another --beta1, --conditional, --latent-dim or --toy: drop it.")
+            sys.exit(f"{saved}: a run keeps its --beta1, --conditional, --latent-dim and --toy.")
     elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
         sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")
     try:
@@ -305,7 +305,7 @@ def main():
     native = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
     native = (torch.cuda.is_bf16_supported(False) if device.type == "cuda"
               else device.type == "cpu" and native.get("avx512_bf16", False))
-    bf16 = native if args.bf16 is None else args.bf16  # else float32 is faster
+    bf16 = native if args.bf16 is None else args.bf16  # not native: float32 is faster
     try:
         if args.generate:
             return generate(args, device, checkpoint)

@@ -92,7 +92,7 @@ def load_data(args):
     except Exception as error:  # torchvision raises many kinds
         folder, files = Path(args.data_dir, "MNIST", "raw"), ", ".join(dict(MNIST.resources))
         sys.exit(f"MNIST cannot be read from {folder} nor fetched: {error}\nPut {files} there by "
-                 f"hand, or run without a download: python gan_mnist.py --toy")
+                 f"hand, or try: python gan_mnist.py --toy")
 
 
 class Generator(nn.Sequential):
@@ -146,29 +146,29 @@ def train(args, device, bf16, data, checkpoint):
     fixed_z = torch.randn(1000, args.latent_dim)  # the same for the pictures of every epoch
     generator = Generator(args.model, args.latent_dim).apply(init_weights).to(device)
     discriminator = Discriminator(args.model).apply(init_weights).to(device)
-    # G's weights circle around the optimum. Their average is nearer to it, and is what we sample
+    # G's weights circle around a balance. Their average is nearer to it, and is what we sample
     # from (Yazici et al. 2019); D never sees it. BatchNorm's statistics are averaged with them.
     ema = AveragedModel(generator, use_buffers=True)
     opt_g = torch.optim.Adam(generator.parameters(), betas=(args.beta1, 0.999), fused=True)
     opt_d = torch.optim.Adam(discriminator.parameters(), betas=(args.beta1, 0.999), fused=True)
     run = dict(generator=generator, discriminator=discriminator, ema=ema, opt_g=opt_g, opt_d=opt_d)
-    images = Path(args.out_dir, "images")
-    save_grid(data[:64] / 127.5 - 1, images / "real.png")
-    save_grid(sample(ema, fixed_z[:64]), images / "epoch_000.png")
     for name, part in run.items() if checkpoint else ():
         part.load_state_dict(checkpoint[name])
-    history = checkpoint["history"] if checkpoint else []
+    history, images = checkpoint["history"] if checkpoint else [], Path(args.out_dir, "images")
     save_run(args, run, history)
+    if not history:
+        save_grid(data[:64] / 127.5 - 1, images / "real.png")
+        save_grid(sample(ema, fixed_z[:64]), images / "epoch_000.png")
     if args.compile:  # in place: the names in the checkpoint stay as they are
         generator.compile(), discriminator.compile()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    real_std = (data[:10_000] / 127.5).std(0).mean().item()  # diversity is G's share of it
-    data, steps, began = data.to(device), len(data) // args.batch_size, time.perf_counter()
+    real_std = (data[:10_000] / 127.5).std(0).mean().item()  # G's share of it is the diversity
+    autocast, began = torch.autocast(device.type, torch.bfloat16, bf16), time.perf_counter()
+    data, steps = data.to(device), len(data) // args.batch_size
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(args.seed * 10_000 + epoch)  # resumed or not: the same numbers
         order = torch.randperm(len(data), device=device)[:steps * args.batch_size]
-        sums = torch.zeros(5, device=device)
+        means = torch.zeros(5, device=device)
         for step, batch in enumerate(order.view(steps, args.batch_size), 1):
             done = (epoch - 1) * steps + step - 1
             for group in opt_g.param_groups + opt_d.param_groups:
@@ -177,24 +177,24 @@ def train(args, device, bf16, data, checkpoint):
             x = data[batch] / 127.5 - 1  # to [-1, 1], the range of G's tanh
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
 
-            # D: minimise softplus(-D(x)) + softplus(D(G(z))). Real and fake go in apart: BatchNorm
-            # takes fakes by their own mean, as in G's step. detach() spares a pass back through G.
+            # D: minimise softplus(-D(x)) + softplus(D(G(z))) = -log p(x) - log(1 - p(G(z))), where
+            # p = sigmoid(D). Real and fake go in apart: BatchNorm normalises fakes as in G's step.
             with autocast:
                 fake = generator(z)
-                on_fake = discriminator(fake.detach())
-                on_real = discriminator.forward(x.requires_grad_(r1))  # R1 cannot be compiled
+                on_fake = discriminator(fake.detach())  # spares G, whose graph is used below
+                on_real = discriminator.forward(x.requires_grad_(r1))  # uncompiled, for R1
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
             if r1:
-                # R1, gamma / 2 * |gradient|^2, keeps D from growing too steep at real pictures
-                # (Mescheder et al. 2018). To save time it comes at every 16th step, 16-fold.
+                # R1 keeps D from growing too steep at real pictures: gamma / 2 * |gradient|^2, with
+                # gamma 0.5 (Mescheder et al. 2018). To save time, at every 16th step, 16-fold.
                 grad, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
                 penalty = 16 * 0.5 / 2 * grad.square().sum((1, 2, 3)).mean()
             opt_d.zero_grad()
             (loss_d + penalty).backward()
             opt_d.step()
 
-            # G: minimise softplus(-D(G(z))): the same fakes, the updated D. D is frozen: gradients
-            # pass through it to G, but none are computed for its own weights.
+            # G: minimise softplus(-D(G(z))) = -log p(G(z)). While D spots fakes, p near 0, it is
+            # steep in D; log(1 - p) is flat. D is frozen: its own gradients would only be zeroed.
             discriminator.requires_grad_(False)
             with autocast:
                 fooled = discriminator(fake)
@@ -206,7 +206,7 @@ def train(args, device, bf16, data, checkpoint):
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(0.998, (done + 1) / (done + 10)))
             ema.update_parameters(generator)  # takes in 0.2 % at a step, more early on
             shares = [(logits > 0).float().mean() for logits in (on_real, -on_fake, fooled)]
-            sums += torch.stack([loss_d.detach(), loss_g.detach(), *shares])  # .item() would wait
+            means += torch.stack([loss_d.detach(), loss_g.detach(), *shares]) / steps  # no sync
             if sys.stdout.isatty() and step % 10 == 0:
                 left, speed = args.epochs * steps - done - 1, step / (time.perf_counter() - began)
                 print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  {left / speed:.0f} s left"
@@ -214,10 +214,10 @@ def train(args, device, bf16, data, checkpoint):
 
         pictures, seconds = sample(ema, fixed_z), time.perf_counter() - began
         began += seconds
-        history.append([epoch, *(sums / steps).tolist(), pictures.std(0).mean().item() / real_std,
-                        seconds, steps * args.batch_size / seconds])  # diversity near 0: collapse
+        diversity = pictures.std(0).mean().item() / real_std  # near 0: collapse
+        history.append([epoch, *means.tolist(), diversity, seconds, steps * len(z) / seconds])
         if not np.isfinite(history[-1]).all():
-            raise FloatingPointError("A loss is not finite: resume with a smaller --lr.")
+            raise FloatingPointError("A loss is not finite: give a smaller --lr, too.")
         if epoch % args.sample_every == 0 or epoch == args.epochs:
             save_grid(pictures[:64], images / f"epoch_{epoch:03d}.png")
         save_run(args, run, history)
@@ -248,8 +248,9 @@ def save_run(args, run, history):
         axes.figure.savefig(out / "losses.png")
         files = [out / "images" / f"epoch_{i:03d}.png" for i in range(len(history) + 1)]
         frames = [Image.open(file).convert("L") for file in files if file.exists()]
-        frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
-                       duration=200, loop=0)
+        if frames:  # there are none if only the checkpoint was kept
+            frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
+                           duration=200, loop=0)
         print("epoch {}/{}  loss D {:.3f} G {:.3f}  right on real {:.2f} fake {:.2f}  fooled {:.2f}"
               "  diversity {:.2f}  {:.1f} s  {:,.0f} pictures/s".format(len(history), args.epochs,
               *history[-1][1:]), " LOW DIVERSITY" * (history[-1][6] < 0.5), flush=True)
@@ -292,7 +293,7 @@ def main():
         checkpoint = load_checkpoint(saved)
         args, old = parse_args(checkpoint["settings"]), checkpoint["settings"]
         if any(vars(args)[n] != old[n] for n in ("beta1", "model", "latent_dim", "toy")):
-            sys.exit(f"{saved} has another --beta1, --model, --latent-dim or --toy: drop it.")
+            sys.exit(f"{saved}: a run keeps its --beta1, --model, --latent-dim and --toy.")
     elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
         sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")
     try:
@@ -303,7 +304,7 @@ def main():
     native = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
     native = (torch.cuda.is_bf16_supported(False) if device.type == "cuda"
               else device.type == "cpu" and native.get("avx512_bf16", False))
-    bf16 = native if args.bf16 is None else args.bf16  # else float32 is faster
+    bf16 = native if args.bf16 is None else args.bf16  # not native: float32 is faster
     try:
         if args.generate:
             return generate(args, device, checkpoint)
