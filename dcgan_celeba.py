@@ -68,7 +68,7 @@ def parse_args(settings=None):
     flag("--bf16", action=argparse.BooleanOptionalAction, help="compute in bfloat16 (if native)")
     flag("--compile", action="store_true", help="torch.compile both (needs a C++ compiler)")
     flag("--resume", action="store_true", help="go on with the run in --out-dir")
-    flag("--generate", type=count, metavar="N", help="only write N pictures by --out-dir's G")
+    flag("--generate", type=count, metavar="N", help="only draw N pictures by the run in --out-dir")
     args = parser.parse_args(namespace=argparse.Namespace(**(settings or {})))
     args.epochs = args.epochs or (12 if args.toy else 50)
     args.batch_size = args.batch_size or (16 if args.toy else 64)
@@ -78,7 +78,7 @@ def parse_args(settings=None):
 def decode(open_file, name):
     """Returns a picture as the bytes of 64 x 64 x 3, or None if it is unreadable or below 8x8."""
     with suppress(Exception), open_file(name) as file, Image.open(file) as picture:  # many kinds
-        if min(picture.size) >= 8 and picture.mode[0] not in "IF":  # nor of more than 8 bits
+        if min(picture.size) >= 8 and picture.mode[0] not in "IF":  # nor 16-bit
             picture.draft(None, (64, 64))  # a JPEG is read at 1/2, 1/4 or 1/8 if that is enough
             picture = ImageOps.exif_transpose(picture).convert("RGBA")
             picture = ImageOps.fit(picture, (64, 64), Image.Resampling.BICUBIC)  # centre crop
@@ -99,7 +99,7 @@ def decode_all(place, root, limit):
         entries = (entry for folder, *_ in tree for entry in os.scandir(folder))
         files = [(e.path, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file()]
     files = sorted(file for file in files if os.path.basename(file[0])[:1] not in ("", "."))[:limit]
-    # The name is another, so all is decoded again, if a file is new, gone or changed.
+    # Another name, so all is decoded again, if a file is new, gone or changed.
     key = hashlib.sha256(repr([os.path.abspath(place), *files]).encode()).hexdigest()[:16]
     path, skipped, began = root / f"decoded_{key}.npy", [], time.perf_counter()
     if path.exists() or not files:
@@ -128,7 +128,7 @@ def decode_all(place, root, limit):
 
 def load_data(args):
     """Returns the number of training pictures, and a function: index to uint8 B x 3 x 64 x 64."""
-    if args.toy:  # faces of ellipses, by chance in colours, place and size
+    if args.toy:  # faces of ellipses, random in colours, place and size
         rng, pictures = np.random.default_rng(0), []
         for _ in range(min(args.limit or 600, 600)):
             x, y, w, h, lips = rng.uniform((118, 118, 60, 80, 4), (138, 138, 85, 105, 20))
@@ -189,7 +189,8 @@ class Discriminator(nn.Sequential):
 
 @torch.no_grad()
 def sample(generator, z):
-    """Returns G's pictures, N x 3 x 64 x 64 on the CPU, for latent vectors z N x latent_dim."""
+    """Returns pictures N x 3 x 64 x 64, on the CPU, by a Generator for z N x latent_dim.
+    A trained one: g = Generator(); g.load_state_dict(torch.load("models/generator.pth"))."""
     mode, device = generator.training, next(generator.parameters()).device
     generator.eval()  # with BatchNorm's running statistics a picture depends on its own z alone
     pictures = torch.cat([generator(part.to(device)).float().cpu() for part in z.split(100)])
@@ -199,7 +200,7 @@ def sample(generator, z):
 
 def train(args, device, bf16, count, read, checkpoint, rank, world):
     """Trains as process rank of world; raises FloatingPointError if a loss is not finite."""
-    steps = count // (per_step := args.batch_size * world)  # pictures, over all processes
+    steps = count // (per_step := args.batch_size * world)  # per_step: in all processes
     if not steps:
         sys.exit(f"{count} pictures do not fill a batch of {per_step}: lower --batch-size.")
     print(f"{count:,} pictures, {world} x {device}{', bfloat16' * bf16}, to {args.out_dir!a}")
@@ -231,8 +232,8 @@ def train(args, device, bf16, count, read, checkpoint, rank, world):
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(args.seed * 10_000 + epoch)  # resumed or not: the same numbers
-        order = torch.randperm(count)[:steps * per_step]  # in all processes
-        torch.manual_seed(args.seed * 10_000 + epoch + rank * 10**8)  # but a z of its own in each
+        order = torch.randperm(count)[:steps * per_step]  # the same in all processes
+        torch.manual_seed(args.seed * 10_000 + epoch + rank * 10**8)  # another z in each
         means = torch.zeros(5, device=device)
         for step, batch in enumerate(order.view(steps, world, -1)[:, rank], 1):  # its share
             done = (epoch - 1) * steps + step - 1
@@ -248,7 +249,7 @@ def train(args, device, bf16, count, read, checkpoint, rank, world):
             with autocast:
                 fake = net_g(z)
                 on_fake = net_d(fake.detach())  # spares G, whose graph is used below
-                on_real = discriminator.forward(x.requires_grad_(r1))  # uncompiled, for R1
+                on_real = discriminator.forward(x.requires_grad_(r1))  # uncompiled, as R1 needs
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
             if r1:  # R1 (Mescheder et al. 2018) keeps D from growing steep: 16-fold, 1 step in 16
                 grad, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
@@ -280,7 +281,7 @@ def train(args, device, bf16, count, read, checkpoint, rank, world):
             distributed.all_reduce(means.div_(world))
         pictures, seconds = sample(ema, fixed_z), time.perf_counter() - began
         began += seconds
-        diversity = pictures.std(0).mean().item() / real_std  # near 0: collapse
+        diversity = pictures.std(0).mean().item() / real_std  # near 0: all alike, mode collapse
         history.append([epoch, *means.tolist(), diversity, seconds, steps * per_step / seconds])
         if not np.isfinite(history[-1]).all():
             raise FloatingPointError("A loss is not finite: give a smaller --lr, too.")
@@ -299,7 +300,7 @@ def save_run(args, run, history):
     states = {name: part.state_dict() for name, part in run.items()}
     for name, content in dict(
             checkpoint=dict(script="dcgan_celeba", settings=settings, history=history, **states),
-            generator=run["ema"].module.state_dict(),  # load it into a Generator for sample()
+            generator=run["ema"].module.state_dict(),
             discriminator=states["discriminator"]).items():
         # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
         path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
@@ -350,9 +351,8 @@ def generate(args, device, checkpoint):
         pixels = ((sample(ema, z)[0] + 1) * 127.5).round().byte().numpy()
         Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{i:05d}.png")
     save_grid(sample(ema, torch.randn(64, args.latent_dim)), folder / "grid.png")
-    # Rows of the walk are quarter circles: a line would pass too near to 0, where G saw few z.
     a, b = torch.randn(2, 8, 1, args.latent_dim)
-    t = torch.linspace(0, torch.pi / 2, 10)[:, None]
+    t = torch.linspace(0, torch.pi / 2, 10)[:, None]  # quarter circle: a line would come near 0
     save_grid(sample(ema, (a * t.cos() + b * t.sin()).flatten(0, 1)), folder / "walk.png", 10)
 
 
@@ -370,7 +370,7 @@ def main():
         sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")
     if args.images and (args.toy or any(Path(args.images).resolve() in Path(
             path, "file").resolve().parents for path in (out, args.data_dir))):
-        sys.exit("--images takes a folder without --out-dir and --data-dir in it, and no --toy.")
+        sys.exit("--images must not contain --out-dir or --data-dir, nor go with --toy.")
     try:
         if world > 1 and args.device in (None, "cuda") and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on

@@ -60,7 +60,7 @@ def parse_args(settings=None):
     flag("--bf16", action=argparse.BooleanOptionalAction, help="compute in bfloat16 (if native)")
     flag("--compile", action="store_true", help="torch.compile both (needs a C++ compiler)")
     flag("--resume", action="store_true", help="go on with the run in --out-dir")
-    flag("--generate", type=count, metavar="N", help="only write N pictures by --out-dir's G")
+    flag("--generate", type=count, metavar="N", help="only draw N pictures by the run in --out-dir")
     args = parser.parse_args(namespace=argparse.Namespace(**(settings or {})))
     args.epochs = args.epochs or (12 if args.toy else 50)
     return args
@@ -68,7 +68,7 @@ def parse_args(settings=None):
 
 def load_data(args):
     """Returns the 50,000 training pictures, or toy ones, uint8 N x 3 x 32 x 32, and labels N."""
-    if args.toy:  # letters in matplotlib's fonts but Display, chance in font, colour, place, angle
+    if args.toy:  # letters in matplotlib's fonts (not Display), of random colours, places, angles
         files = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVuS*[!y].ttf")
         fonts = [ImageFont.truetype(str(file), 26) for file in sorted(files)]
         rng, pictures = np.random.default_rng(0), []
@@ -120,11 +120,12 @@ class Discriminator(nn.Sequential):
 
 
 @torch.no_grad()
-def sample(generator, z, labels):
-    """Returns G's pictures, N x 3 x 32 x 32 on the CPU, for z N x latent_dim and labels N."""
+def sample(generator, z, labels=None):
+    """Returns pictures N x 3 x 32 x 32, on the CPU, by a Generator for z N x latent_dim, labels N.
+    A trained one: g = Generator(); g.load_state_dict(torch.load("models/generator.pth"))."""
     mode, device = generator.training, next(generator.parameters()).device
     generator.eval()  # with BatchNorm's running statistics a picture depends on its own z alone
-    parts = zip(z.to(device).split(500), labels.to(device).split(500))
+    parts = zip(*(t.to(device).split(500) for t in (z, labels) if t is not None))
     pictures = torch.cat([generator(*part).float().cpu() for part in parts])
     generator.train(mode)
     return pictures
@@ -136,7 +137,7 @@ def train(args, device, bf16, data, labels, checkpoint):
         sys.exit(f"{len(data)} pictures do not fill a batch: lower --batch-size {args.batch_size}.")
     print(f"{len(data):,} pictures, {device}{', bfloat16' * bf16}, to {args.out_dir!a}")
     torch.manual_seed(args.seed)
-    classes, n = (10, 10) if args.conditional else (0, 8)  # grids are n x n, with a class a row
+    classes, n = (10, 10) if args.conditional else (0, 8)  # grids are n x n, with a class each row
     fixed = torch.randn(1000, args.latent_dim), torch.arange(1000) // n % 10 * args.conditional
     layout = dict(device=device, memory_format=torch.channels_last if device.type != "mps" else
                   torch.contiguous_format)  # channels last is faster; on Macs BatchNorm fails in it
@@ -181,7 +182,7 @@ def train(args, device, bf16, data, labels, checkpoint):
             with autocast:
                 fake = generator(z, y)  # of the real pictures' classes
                 on_fake = discriminator(fake.detach(), y)  # spares G, whose graph is used below
-                on_real = discriminator.forward(x.requires_grad_(r1), y)  # uncompiled, for R1
+                on_real = discriminator.forward(x.requires_grad_(r1), y)  # uncompiled, as R1 needs
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
             if r1:  # R1 (Mescheder et al. 2018) keeps D from growing steep: 16-fold, 1 step in 16
                 grad, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
@@ -228,7 +229,7 @@ def save_run(args, run, history):
     states = {name: part.state_dict() for name, part in run.items()}
     for name, content in dict(
             checkpoint=dict(script="dcgan_cifar10", settings=settings, history=history, **states),
-            generator=run["ema"].module.state_dict(),  # load it into a Generator for sample()
+            generator=run["ema"].module.state_dict(),
             discriminator=states["discriminator"]).items():
         # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
         path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
@@ -281,9 +282,8 @@ def generate(args, device, checkpoint):
         Image.fromarray(pixels.transpose(1, 2, 0)).save(place / f"{i:05d}.png")
     z, y = torch.randn(n * n, args.latent_dim), torch.arange(n * n) // n
     save_grid(sample(ema, z, y), folder / "grid.png", n)
-    # Rows of the walk are quarter circles: a line would pass too near to 0, where G saw few z.
     a, b = torch.randn(2, n, 1, args.latent_dim)
-    t = torch.linspace(0, torch.pi / 2, n)[:, None]
+    t = torch.linspace(0, torch.pi / 2, n)[:, None]  # quarter circle: a line would come near 0
     save_grid(sample(ema, (a * t.cos() + b * t.sin()).flatten(0, 1), y), folder / "walk.png", n)
 
 

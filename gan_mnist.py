@@ -8,9 +8,9 @@ picture: all that it learns comes through D's gradient.
     D minimises  -log p(x) - log(1 - p(G(z)))  =  softplus(-D(x)) + softplus(D(G(z)))
     G minimises  -log p(G(z))                  =  softplus(-D(G(z)))
 
-If D guesses, p = 1/2, these are 2 log 2 = 1.39 and log 2 = 0.69. Why does G not minimise D's own
-term, log(1 - p(G(z)))? Where D spots the fakes, p near 0, it is flat in D(G(z)) and teaches G
-nothing, while -log p is steep there (Goodfellow et al. 2014, section 3).
+If D guesses, p = 1/2, these are 2 log 2 = 1.39 and log 2 = 0.69. Why does G not minimise
+log(1 - p(G(z))), the opposite of D's term? Where D spots the fakes, p near 0, that is flat in
+D(G(z)) and teaches G nothing; -log p is steep there (Goodfellow et al. 2014, section 3).
 
     python gan_mnist.py --toy --out-dir runs/toy              # a minute, no download
     python gan_mnist.py                                       # fully connected networks
@@ -69,7 +69,7 @@ def parse_args(settings=None):
     flag("--bf16", action=argparse.BooleanOptionalAction, help="compute in bfloat16 (if native)")
     flag("--compile", action="store_true", help="torch.compile both (needs a C++ compiler)")
     flag("--resume", action="store_true", help="go on with the run in --out-dir")
-    flag("--generate", type=count, metavar="N", help="only write N pictures by --out-dir's G")
+    flag("--generate", type=count, metavar="N", help="only draw N pictures by the run in --out-dir")
     args = parser.parse_args(namespace=argparse.Namespace(**(settings or {})))
     args.epochs = args.epochs or {"mlp": 50, "conv": 18}[args.model]
     args.batch_size = args.batch_size or (64 if args.toy else 256)
@@ -78,7 +78,7 @@ def parse_args(settings=None):
 
 def load_data(args):
     """Returns MNIST's 60,000 training pictures, or toy ones, as uint8 N x 1 x 28 x 28."""
-    if args.toy:  # digits in matplotlib's fonts but Display, by chance in font, place and angle
+    if args.toy:  # digits in matplotlib's fonts (not Display), at random places and angles
         files = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVuS*[!y].ttf")
         fonts = [ImageFont.truetype(str(file), 22) for file in sorted(files)]
         rng, pictures = np.random.default_rng(0), []
@@ -129,7 +129,8 @@ class Discriminator(nn.Sequential):
 
 @torch.no_grad()
 def sample(generator, z):
-    """Returns G's pictures, N x 1 x 28 x 28 on the CPU, for latent vectors N x latent_dim."""
+    """Returns pictures N x 1 x 28 x 28, on the CPU, by a Generator for z N x latent_dim.
+    A trained one: g = Generator(); g.load_state_dict(torch.load("models/generator.pth"))."""
     mode, device = generator.training, next(generator.parameters()).device
     generator.eval()  # with BatchNorm's running statistics a picture depends on its own z alone
     pictures = torch.cat([generator(part.to(device)).float().cpu() for part in z.split(500)])
@@ -182,7 +183,7 @@ def train(args, device, bf16, data, checkpoint):
             with autocast:
                 fake = generator(z)
                 on_fake = discriminator(fake.detach())  # spares G, whose graph is used below
-                on_real = discriminator.forward(x.requires_grad_(r1))  # uncompiled, for R1
+                on_real = discriminator.forward(x.requires_grad_(r1))  # uncompiled, as R1 needs
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
             if r1:
                 # R1 keeps D from growing too steep at real pictures: gamma / 2 * |gradient|^2, with
@@ -214,7 +215,7 @@ def train(args, device, bf16, data, checkpoint):
 
         pictures, seconds = sample(ema, fixed_z), time.perf_counter() - began
         began += seconds
-        diversity = pictures.std(0).mean().item() / real_std  # near 0: collapse
+        diversity = pictures.std(0).mean().item() / real_std  # near 0: all alike, mode collapse
         history.append([epoch, *means.tolist(), diversity, seconds, steps * len(z) / seconds])
         if not np.isfinite(history[-1]).all():
             raise FloatingPointError("A loss is not finite: give a smaller --lr, too.")
@@ -231,7 +232,7 @@ def save_run(args, run, history):
     states = {name: part.state_dict() for name, part in run.items()}
     for name, content in dict(
             checkpoint=dict(script="gan_mnist", settings=settings, history=history, **states),
-            generator=run["ema"].module.state_dict(),  # load it into a Generator for sample()
+            generator=run["ema"].module.state_dict(),
             discriminator=states["discriminator"]).items():
         # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
         path, buffer = out / "models" / f"{name}.pth", io.BytesIO()

@@ -491,6 +491,11 @@ class LabelTests(ScriptTests):
             diversity = load(out / "models" / "checkpoint.pth")["history"][0][6]
             self.assertEqual(diversity > 0.5, not flags)
 
+    def test_sampling_without_classes_needs_no_labels(self):
+        generator, z = self.networks("plain")[0], torch.randn(3, 7)
+        torch.testing.assert_close(self.module.sample(generator, z),
+                                   self.module.sample(generator, z, *self.labels(3)))
+
     def test_the_label_changes_picture_and_logit(self):
         generator, discriminator = self.networks("conditional")
         z, labels = torch.randn(1, 7).expand(10, 7), torch.arange(10)
@@ -708,7 +713,7 @@ class CelebaTest(ScriptTests, Folder):
                 self.script, "--images", folder, "--data-dir", self.folder / "data",
                 "--out-dir", self.folder / "out"))
         for flags in (("--images", self.folder), ("--images", text, "--toy")):
-            self.assertIn("--images takes", refused(
+            self.assertIn("--images must not", refused(
                 self.script, *flags, "--out-dir", self.folder / "runs" / "mine"))
         self.assertEqual(self.decoded(), [])
 
