@@ -236,12 +236,14 @@ class ScriptTests:
             process = subprocess.Popen(
                 [sys.executable, HERE / self.script, *flags, "--out-dir", cut],
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for _ in range(3):
-                process.stdout.readline()  # the third line comes when the first epoch is saved
-            process.send_signal(signal.SIGINT)
+            for _ in range(2):
+                process.stdout.readline()  # the second line comes when the first epoch is saved
+            windows = os.name == "nt"  # takes no SIGINT from another process
+            process.terminate() if windows else process.send_signal(signal.SIGINT)
             text = "".join(process.communicate(timeout=60))
-            self.assertNotIn("Traceback", text)
-            self.assertIn(f'python {self.script} --resume --out-dir "{cut}"', text)
+            if not windows:
+                self.assertNotIn("Traceback", text)
+                self.assertIn(f'python {self.script} --resume --out-dir "{cut}"', text)
             self.assertIn(len(load(cut / "models" / "checkpoint.pth")["history"]), range(1, 6))
             call(self.script, "--resume", "--out-dir", cut)
             for name in ("generator.pth", "discriminator.pth"):
@@ -816,6 +818,7 @@ class CelebaTest(ScriptTests, Folder):
         self.assertEqual((len(seen), seen - plain - mirrored), (70, set()))
         self.assertIn(len(seen & plain), range(15, 56))
 
+    @unittest.skipIf(os.name == "nt", "torchrun on Windows needs settings of its own")
     def test_processes_share_each_epoch_and_learn_the_same(self):
         recorder, flags = self.folder / "recorder.py", (*TINY, "--epochs", 2, "--latent-dim", 7)
         recorder.write_text(textwrap.dedent("""
