@@ -5,10 +5,10 @@
     3  BatchNorm after each hidden layer but D's first.
     4  ReLU in G, tanh at its end; LeakyReLU with a slope of 0.2 in D.
     5  Weights from N(0, 0.02); Adam with beta1 of 0.5, learning rate 0.0002 (here 0.001, falling).
-    +  R1. BatchNorm shows D if a batch is all real or all fake: without R1, D won by that in time.
+    +  Not theirs: R1. By BatchNorm, D can tell all-real from all-fake batches, and won without it.
 
     python dcgan_cifar10.py --toy --out-dir runs/toy_cifar10      # no download
-    python dcgan_cifar10.py                                       # later: --resume or --generate 64
+    python dcgan_cifar10.py                                       # add --resume or --generate 64
     python dcgan_cifar10.py --conditional --out-dir runs/classes  # a class per row
 """
 import argparse
@@ -122,7 +122,7 @@ class Discriminator(nn.Sequential):
 @torch.no_grad()
 def sample(generator, z, labels=None):
     """Returns pictures N x 3 x 32 x 32, on the CPU, by a Generator for z N x latent_dim, labels N.
-    A trained one: g = Generator(); g.load_state_dict(torch.load("models/generator.pth"))."""
+    A new Generator needs .load_state_dict(torch.load("models/generator.pth", "cpu")) first."""
     mode, device = generator.training, next(generator.parameters()).device
     generator.eval()  # with BatchNorm's running statistics a picture depends on its own z alone
     parts = zip(*(t.to(device).split(500) for t in (z, labels) if t is not None))
@@ -178,21 +178,21 @@ def train(args, device, bf16, data, labels, checkpoint):
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
 
             # D: minimise softplus(-D(x)) + softplus(D(G(z))) = -log p(x) - log(1 - p(G(z))), where
-            # p = sigmoid(D). Real and fake go in apart: BatchNorm normalises fakes as in G's step.
+            # p = sigmoid(D). Real and fake go in apart: BatchNorm sees fakes alone, as in G's step.
             with autocast:
                 fake = generator(z, y)  # of the real pictures' classes
-                on_fake = discriminator(fake.detach(), y)  # spares G, whose graph is used below
+                on_fake = discriminator(fake.detach(), y)  # stops at G: its graph serves G's step
                 on_real = discriminator.forward(x.requires_grad_(r1), y)  # uncompiled, as R1 needs
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
-            if r1:  # R1 (Mescheder et al. 2018) keeps D from growing steep: 16-fold, 1 step in 16
+            if r1:  # R1 (Mescheder et al. 2018) keeps D from growing steep: each 16th step, 16-fold
                 grad, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
                 penalty = 16 * 0.1 / 2 * grad.square().sum((1, 2, 3)).mean()
             opt_d.zero_grad()
             (loss_d + penalty).backward()
             opt_d.step()
 
-            # G: minimise softplus(-D(G(z))) = -log p(G(z)). While D spots fakes, p near 0, it is
-            # steep in D; log(1 - p) is flat. D is frozen: its own gradients would only be zeroed.
+            # G: minimise softplus(-D(G(z))) = -log p(G(z)). Where D spots fakes, p near 0,
+            # it is steep, and log(1 - p) flat. D is frozen: its own gradients would be thrown away.
             discriminator.requires_grad_(False)
             with autocast:
                 fooled = discriminator(fake, y)
@@ -202,7 +202,7 @@ def train(args, device, bf16, data, labels, checkpoint):
             opt_g.step()
             discriminator.requires_grad_(True)
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(0.998, (done + 1) / (done + 10)))
-            ema.update_parameters(generator)  # takes in 0.2 % at a step, more early on
+            ema.update_parameters(generator)  # takes in 9 / (done + 10), at least 0.2 %
             shares = [(logits > 0).float().mean() for logits in (on_real, -on_fake, fooled)]
             means += torch.stack([loss_d.detach(), loss_g.detach(), *shares]) / steps  # no sync
             if sys.stdout.isatty() and step % 10 == 0:
@@ -212,10 +212,10 @@ def train(args, device, bf16, data, labels, checkpoint):
 
         pictures, seconds = sample(ema, *fixed), time.perf_counter() - began
         began += seconds
-        diversity = (spread(pictures, fixed[1]) / real_spread).item()  # by class; near 0: collapse
+        diversity = (spread(pictures, fixed[1]) / real_spread).item()  # in a class; 0: all alike
         history.append([epoch, *means.tolist(), diversity, seconds, steps * len(z) / seconds])
         if not np.isfinite(history[-1]).all():
-            raise FloatingPointError("A loss is not finite: give a smaller --lr, too.")
+            raise FloatingPointError("A loss is not finite: go on with a smaller --lr.")
         if epoch % args.sample_every == 0 or epoch == args.epochs:
             save_grid(pictures[:n * n], images / f"epoch_{epoch:03d}.png", n)
         save_run(args, run, history)
@@ -275,7 +275,7 @@ def generate(args, device, checkpoint):
         sys.exit(f"{folder} exists, and nothing is overwritten: rename or delete it first.")
     torch.manual_seed(args.seed)
     z, y = torch.randn(args.generate, args.latent_dim), torch.arange(args.generate) % 10
-    for i, one in enumerate(zip(z.split(1), y.split(1))):
+    for i, one in enumerate(zip(z.split(1), y.split(1))):  # one by one, N may be large
         pixels = ((sample(ema, *one)[0] + 1) * 127.5).round().byte().numpy()
         place = folder / f"{i % 10}_{names[i % 10]}" if args.conditional else folder
         place.mkdir(parents=True, exist_ok=True)

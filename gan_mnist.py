@@ -130,7 +130,7 @@ class Discriminator(nn.Sequential):
 @torch.no_grad()
 def sample(generator, z):
     """Returns pictures N x 1 x 28 x 28, on the CPU, by a Generator for z N x latent_dim.
-    A trained one: g = Generator(); g.load_state_dict(torch.load("models/generator.pth"))."""
+    A new Generator needs .load_state_dict(torch.load("models/generator.pth", "cpu")) first."""
     mode, device = generator.training, next(generator.parameters()).device
     generator.eval()  # with BatchNorm's running statistics a picture depends on its own z alone
     pictures = torch.cat([generator(part.to(device)).float().cpu() for part in z.split(500)])
@@ -179,10 +179,10 @@ def train(args, device, bf16, data, checkpoint):
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
 
             # D: minimise softplus(-D(x)) + softplus(D(G(z))) = -log p(x) - log(1 - p(G(z))), where
-            # p = sigmoid(D). Real and fake go in apart: BatchNorm normalises fakes as in G's step.
+            # p = sigmoid(D). Real and fake go in apart: BatchNorm sees fakes alone, as in G's step.
             with autocast:
                 fake = generator(z)
-                on_fake = discriminator(fake.detach())  # spares G, whose graph is used below
+                on_fake = discriminator(fake.detach())  # stops at G: its graph serves G's step
                 on_real = discriminator.forward(x.requires_grad_(r1))  # uncompiled, as R1 needs
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
             if r1:
@@ -194,8 +194,8 @@ def train(args, device, bf16, data, checkpoint):
             (loss_d + penalty).backward()
             opt_d.step()
 
-            # G: minimise softplus(-D(G(z))) = -log p(G(z)). While D spots fakes, p near 0, it is
-            # steep in D; log(1 - p) is flat. D is frozen: its own gradients would only be zeroed.
+            # G: minimise softplus(-D(G(z))) = -log p(G(z)). Where D spots fakes, p near 0,
+            # it is steep, and log(1 - p) flat. D is frozen: its own gradients would be thrown away.
             discriminator.requires_grad_(False)
             with autocast:
                 fooled = discriminator(fake)
@@ -205,7 +205,7 @@ def train(args, device, bf16, data, checkpoint):
             opt_g.step()
             discriminator.requires_grad_(True)
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(0.998, (done + 1) / (done + 10)))
-            ema.update_parameters(generator)  # takes in 0.2 % at a step, more early on
+            ema.update_parameters(generator)  # takes in 9 / (done + 10), at least 0.2 %
             shares = [(logits > 0).float().mean() for logits in (on_real, -on_fake, fooled)]
             means += torch.stack([loss_d.detach(), loss_g.detach(), *shares]) / steps  # no sync
             if sys.stdout.isatty() and step % 10 == 0:
@@ -218,7 +218,7 @@ def train(args, device, bf16, data, checkpoint):
         diversity = pictures.std(0).mean().item() / real_std  # near 0: all alike, mode collapse
         history.append([epoch, *means.tolist(), diversity, seconds, steps * len(z) / seconds])
         if not np.isfinite(history[-1]).all():
-            raise FloatingPointError("A loss is not finite: give a smaller --lr, too.")
+            raise FloatingPointError("A loss is not finite: go on with a smaller --lr.")
         if epoch % args.sample_every == 0 or epoch == args.epochs:
             save_grid(pictures[:64], images / f"epoch_{epoch:03d}.png")
         save_run(args, run, history)
