@@ -2,7 +2,6 @@
 
 D learns to tell real pictures from G's, and G to fool D: dcgan_cifar10.py has the rules. New here:
     Decoding    Each file becomes 64x64x3 bytes, once; a batch reads its own from the disk.
-    Fetching    1.4 GB are saved as .part, which is renamed only if its MD5 is right.
     Processes   torchrun starts one a GPU: each takes its share of an epoch, gradients are averaged.
 
     python dcgan_celeba.py --toy --out-dir runs/toy_celeba      # no download
@@ -91,8 +90,7 @@ def decode_all(place, root, limit):
     if place.is_file():
         if not zipfile.is_zipfile(place):
             sys.exit(f"{place} is not a whole .zip: put the whole one there.")
-        archive = zipfile.ZipFile(place)
-        open_file = archive.open
+        open_file = (archive := zipfile.ZipFile(place)).open
         files = [(info.filename, info.file_size, info.CRC) for info in archive.infolist()]
     else:
         open_file, tree = (lambda name: open(name, "rb")), os.walk(place, followlinks=True)
@@ -140,8 +138,7 @@ def load_data(args):
                              f"hsl({rng.integers(360)}, 70%, {light}%)")
             pictures.append(np.array(tile.resize((64, 64), Image.Resampling.BOX)))
         return len(pictures), torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2).__getitem__
-    root = Path(args.data_dir)
-    archive = root / "celeba" / "img_align_celeba.zip"
+    root, archive = Path(args.data_dir), Path(args.data_dir, "celeba", "img_align_celeba.zip")
     places = [Path(args.images)] if args.images else [  # torchvision's, Kaggle's, the official one
         archive.with_suffix(""), root / "img_align_celeba", archive, root / archive.name]
     for place in filter(Path.exists, places):
@@ -240,8 +237,8 @@ def train(args, device, bf16, count, read, checkpoint, rank, world):
             for group in opt_g.param_groups + opt_d.param_groups:
                 group["lr"] = args.lr * (1 - done / (args.epochs * steps))  # falls to 0
             r1, penalty = done % 16 == 0, 0
-            x = read(batch).to(**layout) / 127.5 - 1  # to [-1, 1], as G's tanh; half are mirrored
-            x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+            x = read(batch).to(**layout) / 127.5 - 1  # to [-1, 1], the range of G's tanh
+            x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)  # flip
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
 
             # D: minimise softplus(-D(x)) + softplus(D(G(z))) = -log p(x) - log(1 - p(G(z))), where
@@ -249,7 +246,7 @@ def train(args, device, bf16, count, read, checkpoint, rank, world):
             with autocast:
                 fake = net_g(z)
                 on_fake = net_d(fake.detach())  # stops at G: its graph serves G's step
-                on_real = discriminator.forward(x.requires_grad_(r1))  # uncompiled, as R1 needs
+                on_real = discriminator.forward(x.requires_grad_(r1))  # R1: no compile, no DDP
             loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
             if r1:  # R1 (Mescheder et al. 2018) keeps D from growing steep: each 16th step, 16-fold
                 grad, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
@@ -281,7 +278,7 @@ def train(args, device, bf16, count, read, checkpoint, rank, world):
             distributed.all_reduce(means.div_(world))
         pictures, seconds = sample(ema, fixed_z), time.perf_counter() - began
         began += seconds
-        diversity = pictures.std(0).mean().item() / real_std  # near 0: all alike, mode collapse
+        diversity = pictures.std(0).mean().item() / real_std  # 0: collapse; misses partial collapse
         history.append([epoch, *means.tolist(), diversity, seconds, steps * per_step / seconds])
         if not np.isfinite(history[-1]).all():
             raise FloatingPointError("A loss is not finite: go on with a smaller --lr.")
@@ -391,8 +388,11 @@ def main():
             kind = "nccl" if device.type == "cuda" and distributed.is_nccl_available() else "gloo"
             distributed.init_process_group(kind, timeout=timedelta(days=1)), distributed.barrier()
         train(args, device, bf16, *(data or load_data(args)), checkpoint, rank, world)
+        if world > 1:
+            distributed.destroy_process_group()
     except (KeyboardInterrupt, OSError, FloatingPointError) as error:
-        hint = f'\nGo on from the last epoch: python dcgan_celeba.py --resume --out-dir "{out}"'
+        start = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
+        hint = f'\nGo on from the last epoch: {start} dcgan_celeba.py --resume --out-dir "{out}"'
         sys.exit(f"\nStopped. {error}{hint if saved.exists() and not args.generate else ''}")
 
 

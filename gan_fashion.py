@@ -213,7 +213,7 @@ def train(args, device, bf16, data, labels, checkpoint):
 
         pictures, seconds = sample(ema, *fixed), time.perf_counter() - began
         began += seconds
-        diversity = (spread(pictures, fixed[1]) / real_spread).item()  # in a class; 0: all alike
+        diversity = (spread(pictures, fixed[1]) / real_spread).item()  # of a class; 0: all alike
         history.append([epoch, *means.tolist(), diversity, seconds, steps * len(z) / seconds])
         if not np.isfinite(history[-1]).all():
             raise FloatingPointError("A loss is not finite: go on with a smaller --lr.")

@@ -215,7 +215,7 @@ def train(args, device, bf16, data, checkpoint):
 
         pictures, seconds = sample(ema, fixed_z), time.perf_counter() - began
         began += seconds
-        diversity = pictures.std(0).mean().item() / real_std  # near 0: all alike, mode collapse
+        diversity = pictures.std(0).mean().item() / real_std  # 0: collapse; misses partial collapse
         history.append([epoch, *means.tolist(), diversity, seconds, steps * len(z) / seconds])
         if not np.isfinite(history[-1]).all():
             raise FloatingPointError("A loss is not finite: go on with a smaller --lr.")

@@ -818,6 +818,12 @@ class CelebaTest(ScriptTests, Folder):
         self.assertEqual((len(seen), seen - plain - mirrored), (70, set()))
         self.assertIn(len(seen & plain), range(15, 56))
 
+    def test_several_processes_are_told_how_to_go_on(self):
+        with mock.patch.dict(os.environ, WORLD_SIZE="2"), \
+                mock.patch.object(dcgan_celeba, "load_data", side_effect=KeyboardInterrupt):
+            text = refused(self.script, "--resume", "--out-dir", self.copy())
+        self.assertIn("torchrun --nproc-per-node 2 dcgan_celeba.py --resume", text)
+
     @unittest.skipIf(os.name == "nt", "torchrun on Windows needs settings of its own")
     def test_processes_share_each_epoch_and_learn_the_same(self):
         recorder, flags = self.folder / "recorder.py", (*TINY, "--epochs", 2, "--latent-dim", 7)
