@@ -207,10 +207,10 @@ def train(args, device, bf16, count, read, checkpoint, rank, world):
                   torch.contiguous_format)  # channels last is faster; on Macs BatchNorm fails in it
     generator = Generator(args.latent_dim).apply(init_weights).to(**layout)
     discriminator = Discriminator().apply(init_weights).to(**layout)
-    # G's weights circle around a balance; their average is nearer to it, and is what we sample.
+    # Chasing D, G's weights circle around a balance: their average is nearer, and what we sample.
     ema = AveragedModel(generator, use_buffers=True)
-    opt_g = torch.optim.Adam(generator.parameters(), betas=(args.beta1, 0.999), fused=True)
-    opt_d = torch.optim.Adam(discriminator.parameters(), betas=(args.beta1, 0.999), fused=True)
+    opt_g = torch.optim.Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
+    opt_d = torch.optim.Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     run = dict(generator=generator, discriminator=discriminator, ema=ema, opt_g=opt_g, opt_d=opt_d)
     for name, part in run.items() if checkpoint else ():
         part.load_state_dict(checkpoint[name])

@@ -144,10 +144,10 @@ def train(args, device, bf16, data, labels, checkpoint):
     fixed = torch.randn(1000, args.latent_dim), torch.arange(1000) // n % 10 * args.conditional
     generator = Generator(args.latent_dim, classes).apply(init_weights).to(device)
     discriminator = Discriminator(classes).apply(init_weights).to(device)
-    # G's weights circle around a balance; their average is nearer to it, and is what we sample.
+    # Chasing D, G's weights circle around a balance: their average is nearer, and what we sample.
     ema = AveragedModel(generator, use_buffers=True)
-    opt_g = torch.optim.Adam(generator.parameters(), betas=(args.beta1, 0.999), fused=True)
-    opt_d = torch.optim.Adam(discriminator.parameters(), betas=(args.beta1, 0.999), fused=True)
+    opt_g = torch.optim.Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
+    opt_d = torch.optim.Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     run = dict(generator=generator, discriminator=discriminator, ema=ema, opt_g=opt_g, opt_d=opt_d)
     for name, part in run.items() if checkpoint else ():
         part.load_state_dict(checkpoint[name])
