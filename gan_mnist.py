@@ -147,7 +147,7 @@ def train(args, device, bf16, data, checkpoint):
     fixed_z = torch.randn(1000, args.latent_dim)  # the same for the pictures of every epoch
     generator = Generator(args.model, args.latent_dim).apply(init_weights).to(device)
     discriminator = Discriminator(args.model).apply(init_weights).to(device)
-    # G and D chase each other, so G's weights circle around a balance. Their average is nearer to it
+    # G and D chase each other, so G's weights circle around a balance. Their average is nearer,
     # and is what we sample from (Yazici et al. 2019); BatchNorm's statistics are averaged, too.
     ema = AveragedModel(generator, use_buffers=True)
     opt_g = torch.optim.Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
