@@ -54,7 +54,7 @@ def parse_args(settings=None):
     flag("--images", metavar="FOLDER", help="folder or .zip to learn from (CelebA)")
     flag("--epochs", type=count, help="passes over the data (50; 12 with --toy)")
     flag("--batch-size", type=number(int, 2), help="pictures per process and update (64; toy 16)")
-    flag("--lr", type=number(float, 1e-9), default=4e-4, help="learning rate, falling to 0 (4e-4)")
+    flag("--lr", type=number(float, 1e-9), help="learning rate, falling to 0 (4e-4; toy 1e-3)")
     flag("--beta1", type=number(float, 0, 1), default=0.5, help="Adam's beta1 (0.5)")
     flag("--latent-dim", type=count, default=100, help="numbers in a latent vector z (100)")
     flag("--sample-every", type=count, default=1, help="epochs from one saved grid to the next (1)")
@@ -69,8 +69,8 @@ def parse_args(settings=None):
     flag("--resume", action="store_true", help="go on with the run in --out-dir")
     flag("--generate", type=count, metavar="N", help="only draw N pictures by the run in --out-dir")
     args = parser.parse_args(namespace=argparse.Namespace(**(settings or {})))
-    args.epochs = args.epochs or (12 if args.toy else 50)
-    args.batch_size = args.batch_size or (16 if args.toy else 64)
+    n, b, lr = (12, 16, 1e-3) if args.toy else (50, 64, 4e-4)
+    args.epochs, args.batch_size, args.lr = args.epochs or n, args.batch_size or b, args.lr or lr
     return args
 
 
