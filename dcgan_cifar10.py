@@ -5,7 +5,7 @@
     3  BatchNorm after each hidden layer but D's first.
     4  ReLU in G, tanh at its end; LeakyReLU with a slope of 0.2 in D.
     5  Weights from N(0, 0.02); Adam with beta1 of 0.5, learning rate 0.0002 (here 0.001, falling).
-    +  Not theirs: R1. By BatchNorm, D can tell all-real from all-fake batches, and won without it.
+    +  R1, not theirs: without it, from 0.002, BatchNorm showed D whether a batch was real: D won.
 
     python dcgan_cifar10.py --toy --out-dir runs/toy_cifar10      # no download
     python dcgan_cifar10.py                                       # add --resume or --generate 64
@@ -302,9 +302,9 @@ def main():
         torch.ones(1, device=device).cpu()
     except Exception as error:  # of many kinds, by what is missing
         sys.exit(f"--device {args.device or ''} cannot be used: {str(error).splitlines()[0]}")
-    native = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
     native = (torch.cuda.is_bf16_supported(False) if device.type == "cuda"
-              else device.type == "cpu" and native.get("avx512_bf16", False))
+              else device.type == "cpu" and cpu.get("avx512_bf16", False))
     bf16 = native if args.bf16 is None else args.bf16  # not native: float32 is faster
     try:
         if args.generate:

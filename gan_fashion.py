@@ -302,9 +302,9 @@ def main():
         torch.ones(1, device=device).cpu()
     except Exception as error:  # of many kinds, by what is missing
         sys.exit(f"--device {args.device or ''} cannot be used: {str(error).splitlines()[0]}")
-    native = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
     native = (torch.cuda.is_bf16_supported(False) if device.type == "cuda"
-              else device.type == "cpu" and native.get("avx512_bf16", False))
+              else device.type == "cpu" and cpu.get("avx512_bf16", False))
     bf16 = native if args.bf16 is None else args.bf16  # not native: float32 is faster
     try:
         if args.generate:
