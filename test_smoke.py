@@ -229,6 +229,8 @@ class ScriptTests:
             self.assertFalse(together.requires_grad)
 
     def test_a_stopped_and_resumed_run_ends_in_the_same_bytes(self):
+        # Where a shell started the tests in the background, SIGINT is ignored, by children, too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for variant, flags in self.variants.items():
             flags = (*TINY, *flags, "--epochs", "6", "--latent-dim", "7")
             whole, cut = self.folder / f"whole {variant}", self.folder / f"cut {variant}"
