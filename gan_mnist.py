@@ -1,319 +1,600 @@
-"""A GAN on MNIST: two networks learn from each other until one of them writes digits.
+"""A GAN on MNIST: two networks compete until one of them can write digits.
 
-The generator G turns a latent vector z of Gaussian numbers into a picture. The discriminator D
-gives a picture x a logit D(x); p(x) = sigmoid(D(x)) is its belief that x is real. In turns, D
-learns to tell real pictures from generated ones and G learns to fool D. G never sees a real
-picture: all that it learns comes through D's gradient.
+The generator G turns a latent vector z, a list of random numbers, into an image. The
+discriminator D looks at an image and answers with a single number, the logit; sigmoid
+turns it into p, the probability that the image is real. D learns to tell real images
+from G's fakes, and G learns to fool D. G never sees a real image: all that it learns
+comes through the gradient of D.
 
-    D minimises  -log p(x) - log(1 - p(G(z)))  =  softplus(-D(x)) + softplus(D(G(z)))
-    G minimises  -log p(G(z))                  =  softplus(-D(G(z)))
+         z -----> G -----> fake --+
+                                  +--> D --> logit --> p = sigmoid(logit)
+     MNIST --------------> real --+
 
-If D guesses, p = 1/2, these are 2 log 2 = 1.39 and log 2 = 0.69. Why does G not minimise
-log(1 - p(G(z))), the opposite of D's term? Where D spots the fakes, p near 0, that is flat in
-D(G(z)) and teaches G nothing; -log p is steep there (Goodfellow et al. 2014, section 3).
+    loss of D = -log p(real) - log(1 - p(fake))     call real real, and fake fake
+    loss of G = -log p(fake)                        have fakes called real
 
-    python gan_mnist.py --toy --out-dir runs/toy              # a minute, no download
-    python gan_mnist.py                                       # fully connected networks
-    python gan_mnist.py --model conv --out-dir runs/conv      # convolutional networks
-    python gan_mnist.py --generate 100                        # pictures from the trained G
-    python gan_mnist.py --resume                              # go on after a stop
+Both are binary cross-entropy with logits, and G's is known as the non-saturating loss.
+If D can only guess, p = 0.5, they are 1.39 and 0.69.
 
-On two CPU cores (AMD EPYC, bfloat16) the second takes 4:26 minutes, the third 7:25.
+TODO healthy, failing
+
+    python gan_mnist.py --toy --out-dir runs/toy           # TODO, no download
+    python gan_mnist.py                                    # TODO
+    python gan_mnist.py --model conv --out-dir runs/conv   # TODO
+    python gan_mnist.py --generate 100                     # new images from the first run
+    python gan_mnist.py --resume                           # continue it after a stop
+
+To use a trained generator elsewhere, copy this file and common.py (conv: ConvGenerator):
+
+    generator = MLPGenerator(latent_dim=100)
+    generator.load_state_dict(torch.load("generator.pth", "cpu", weights_only=True))
+    images = sample(generator, torch.randn(64, 100))  # 64 x 1 x 28 x 28 in [-1, 1]
 """
+
 import argparse
-import io
+import copy
+import csv
+import math
+import os
+import socket
 import sys
 import time
-import zipfile
-from contextlib import suppress
 from pathlib import Path
 
-import matplotlib.figure
-import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.nn.functional import softplus
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.nn.functional import logsigmoid
+from torch.optim import Adam
 from torchvision.datasets import MNIST
+from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 
 from common import init_weights, save_grid
 
+R1_WEIGHT = 0.25  # of the R1 penalty in D's loss
+R1_INTERVAL = 16  # steps from one R1 penalty to the next
+AVERAGE_DECAY = 0.998  # the averaged generator looks back over some 500 steps
 
-def number(kind, least, below=float("inf")):
-    """Returns an argparse type: a number of that kind (int or float) in [least, below)."""
-    def number(text):  # the name that argparse shows in its message
-        if not least <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{least}, {below})")
-        return kind(text)
-    return number
+# ---- networks ------------------------------------------------------------------------
 
 
-def parse_args(settings=None):
-    """Returns the flags; those not given come from a checkpoint's settings, where passed."""
-    parser = argparse.ArgumentParser(usage="python gan_mnist.py [flags]; -h lists them")
-    flag, count = parser.add_argument, number(int, 1)
-    flag("--model", choices=("mlp", "conv"), default="mlp", help="networks (mlp)")
-    flag("--epochs", type=count, help="passes over the data (50 for mlp, 18 for conv)")
-    flag("--batch-size", type=number(int, 2), help="real pictures per update (256; 64 with --toy)")
-    flag("--lr", type=number(float, 1e-9), default=2e-3, help="learning rate, falling to 0 (0.002)")
-    flag("--beta1", type=number(float, 0, 1), default=0.5, help="Adam's beta1 (0.5)")
-    flag("--latent-dim", type=count, default=100, help="numbers in a latent vector z (100)")
-    flag("--sample-every", type=count, default=1, help="epochs from one saved grid to the next (1)")
-    flag("--data-dir", default="data", help="the data set's folder, filled by download (data)")
-    flag("--out-dir", default="runs/gan_mnist", help="output folder (runs/gan_mnist)")
-    flag("--limit", type=count, metavar="N", help="use only the first N pictures (all)")
-    flag("--toy", action="store_true", help="learn digits drawn on the spot, without a download")
-    flag("--seed", type=number(int, 0, 2**32), default=0, help="random seed (0)")
-    flag("--device", help="cpu, cuda, cuda:1, mps ... (an accelerator if there is one)")
-    flag("--bf16", action=argparse.BooleanOptionalAction, help="compute in bfloat16 (if native)")
-    flag("--compile", action="store_true", help="torch.compile both (needs a C++ compiler)")
-    flag("--resume", action="store_true", help="go on with the run in --out-dir")
-    flag("--generate", type=count, metavar="N", help="only draw N pictures by the run in --out-dir")
-    args = parser.parse_args(namespace=argparse.Namespace(**(settings or {})))
-    args.epochs = args.epochs or {"mlp": 50, "conv": 18}[args.model]
-    args.batch_size = args.batch_size or (64 if args.toy else 256)
-    return args
+class MLPGenerator(nn.Sequential):
+    """Fully connected: latent vectors N x latent_dim to N x 1 x 28 x 28 in [-1, 1]."""
+
+    def __init__(self, latent_dim=100):
+        super().__init__(
+            nn.Linear(latent_dim, 256),  # 256
+            nn.BatchNorm1d(256),
+            nn.LeakyReLU(0.2),
+            nn.Linear(256, 512),  # 512
+            nn.BatchNorm1d(512),
+            nn.LeakyReLU(0.2),
+            nn.Linear(512, 1024),  # 1024
+            nn.BatchNorm1d(1024),
+            nn.LeakyReLU(0.2),
+            nn.Linear(1024, 28 * 28),  # 784
+            nn.Tanh(),  # to [-1, 1]
+            nn.Unflatten(1, (1, 28, 28)),  # 1 x 28 x 28
+        )
 
 
-def load_data(args):
-    """Returns MNIST's 60,000 training pictures, or toy ones, as uint8 N x 1 x 28 x 28."""
-    if args.toy:  # digits in matplotlib's fonts (not Display), at random places and angles
-        files = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVuS*[!y].ttf")
-        fonts = [ImageFont.truetype(str(file), 22) for file in sorted(files)]
-        rng, pictures = np.random.default_rng(0), []
-        for i in range(min(args.limit or 6000, 6000)):
-            tile, place = Image.new("L", (28, 28)), (rng.uniform(12, 16), rng.uniform(12, 16))
-            ImageDraw.Draw(tile).text(place, str(i % 10), 255, rng.choice(fonts), anchor="mm")
-            pictures.append(np.array(tile.rotate(rng.uniform(-12, 12))))
-        return torch.from_numpy(np.stack(pictures))[:, None]
-    try:
-        return MNIST(args.data_dir, train=True, download=True).data[:args.limit, None]
-    except Exception as error:  # torchvision raises many kinds
-        folder, files = Path(args.data_dir, "MNIST", "raw"), ", ".join(dict(MNIST.resources))
-        sys.exit(f"MNIST cannot be read from {folder} nor fetched: {error}\nPut {files} there by "
-                 f"hand, or try: python gan_mnist.py --toy")
+class MLPDiscriminator(nn.Sequential):
+    """Fully connected: images N x 1 x 28 x 28 in [-1, 1] to logits N x 1."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Flatten(),  # 784
+            nn.Linear(28 * 28, 512),  # 512
+            nn.LeakyReLU(0.2),
+            nn.Linear(512, 256),  # 256
+            nn.LeakyReLU(0.2),
+            nn.Linear(256, 1),  # 1
+        )
 
 
-class Generator(nn.Sequential):
-    """Latent vectors N x latent_dim to pictures N x 1 x 28 x 28 in [-1, 1]."""
-    def __init__(self, model="mlp", latent_dim=100):
-        if model == "mlp":
-            net = [nn.Linear(latent_dim, 256, bias=False), nn.BatchNorm1d(256), nn.LeakyReLU(0.2),
-                   nn.Linear(256, 512, bias=False), nn.BatchNorm1d(512), nn.LeakyReLU(0.2),
-                   nn.Linear(512, 1024, bias=False), nn.BatchNorm1d(1024), nn.LeakyReLU(0.2),
-                   nn.Linear(1024, 28 * 28), nn.Unflatten(1, (1, 28, 28))]
-        else:
-            net = [nn.Linear(latent_dim, 512, bias=False), nn.BatchNorm1d(512), nn.LeakyReLU(0.2),
-                   nn.Linear(512, 64 * 7 * 7, bias=False), nn.Unflatten(1, (64, 7, 7)),
-                   nn.BatchNorm2d(64), nn.LeakyReLU(0.2),                               # 64x7x7
-                   nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),
-                   nn.BatchNorm2d(32), nn.LeakyReLU(0.2),                               # 32x14x14
-                   nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1)]                   # 1x28x28
-        super().__init__(*net, nn.Tanh())
+class ConvGenerator(nn.Sequential):
+    """Transposed convolutions: latent vectors N x latent_dim to N x 1 x 28 x 28."""
+
+    def __init__(self, latent_dim=100):
+        super().__init__(
+            nn.Linear(latent_dim, 512),  # 512
+            nn.BatchNorm1d(512),
+            nn.LeakyReLU(0.2),
+            nn.Linear(512, 64 * 7 * 7),  # 3136
+            nn.Unflatten(1, (64, 7, 7)),  # 64 x 7 x 7
+            nn.BatchNorm2d(64),
+            nn.LeakyReLU(0.2),
+            nn.ConvTranspose2d(
+                64, 32, 4, 2, 1
+            ),  # 32 x 14 x 14: kernel, stride, padding
+            nn.BatchNorm2d(32),
+            nn.LeakyReLU(0.2),
+            nn.ConvTranspose2d(32, 1, 4, 2, 1),  # 1 x 28 x 28
+            nn.Tanh(),  # to [-1, 1]
+        )
 
 
-class Discriminator(nn.Sequential):
-    """Pictures N x 1 x 28 x 28 in [-1, 1] to logits N."""
-    def __init__(self, model="mlp"):
-        if model == "mlp":
-            net = [nn.Flatten(), nn.Linear(28 * 28, 512), nn.LeakyReLU(0.2),
-                   nn.Linear(512, 256), nn.LeakyReLU(0.2), nn.Linear(256, 1)]
-        else:
-            net = [nn.Conv2d(1, 32, 4, stride=2, padding=1), nn.LeakyReLU(0.2),         # 32x14x14
-                   nn.Conv2d(32, 64, 4, stride=2, padding=1, bias=False),
-                   nn.BatchNorm2d(64), nn.LeakyReLU(0.2),                               # 64x7x7
-                   nn.Flatten(), nn.Linear(64 * 7 * 7, 256), nn.LeakyReLU(0.2), nn.Linear(256, 1)]
-        super().__init__(*net, nn.Flatten(0))
+class ConvDiscriminator(nn.Sequential):
+    """Strided convolutions: images N x 1 x 28 x 28 in [-1, 1] to logits N x 1."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 32, 4, 2, 1),  # 32 x 14 x 14
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(32, 64, 4, 2, 1),  # 64 x 7 x 7
+            nn.BatchNorm2d(64),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),  # 3136
+            nn.Linear(64 * 7 * 7, 256),  # 256
+            nn.LeakyReLU(0.2),
+            nn.Dropout(0.3),  # TODO
+            nn.Linear(256, 1),  # 1
+        )
+
+
+# ---- training ------------------------------------------------------------------------
+
+
+def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=False):
+    """Updates D once, then G once, and returns a dict of scalar tensors.
+
+    real: images N x 1 x 28 x 28 in [-1, 1]; z: latent vectors N x latent_dim.
+    r1: weight of the R1 penalty in D's loss; bf16: use bfloat16 mixed precision.
+    """
+    autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
+
+    # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
+    with autocast:
+        fake = generator(z)
+        # Real and fake go through D apart. BatchNorm compares an image with the others
+        # in its batch, and in (2) all of them are fake: D must see fakes the same way.
+        real_logits = discriminator(real).float()
+        # detach() keeps D's loss from sending gradients into G. G's graph stays whole:
+        # (2) sends G's loss through it, so the fakes are made only once.
+        fake_logits = discriminator(fake.detach()).float()
+    # As 1 - sigmoid(x) = sigmoid(-x), log(1 - p(fake)) is logsigmoid(-fake_logits).
+    loss_d = -logsigmoid(real_logits).mean() - logsigmoid(-fake_logits).mean()
+    opt_d.zero_grad()
+    loss_d.backward()
+    if r1:
+        (r1 * r1_penalty(discriminator, real)).backward()  # adds to loss_d's gradients
+    opt_d.step()
+
+    # (2) Update G: minimise -log p(fake). Its derivative by the logit is p - 1: large
+    # where D spots the fakes (p near 0). log(1 - p(fake)), the exact opposite of D's
+    # aim, has -p: almost 0 just there, so that a losing G would learn nothing.
+    discriminator.requires_grad_(False)  # D's own gradients would only be thrown away
+    with autocast:
+        new_fake_logits = discriminator(fake).float()  # D has changed since (1)
+    loss_g = -logsigmoid(new_fake_logits).mean()
+    opt_g.zero_grad()
+    loss_g.backward()
+    opt_g.step()
+    discriminator.requires_grad_(True)
+
+    # As tensors, without .item(), which would make the CPU wait for the GPU every step.
+    return {
+        "loss_d": loss_d.detach(),
+        "loss_g": loss_g.detach(),
+        "acc_real": (real_logits > 0).float().mean(),
+        "acc_fake": (fake_logits < 0).float().mean(),
+        "fool_rate": (new_fake_logits > 0).float().mean(),
+    }
+
+
+def r1_penalty(discriminator, real):
+    """Returns the mean squared length of D's gradient at the real images, a scalar.
+
+    In D's loss it keeps D from growing steep there, where G could not follow (Mescheder
+    et al. 2018). It has a forward pass of its own, in float32: bfloat16 is too coarse.
+    With BatchNorm in D, an image's gradient also has a share of the others' in its batch,
+    and this is not quite R1; it helps all the same.
+    """
+    real = real.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
+    return grad.square().sum() / len(real)
+
+
+@torch.no_grad()
+def update_average(average, generator, step):
+    """Moves the averaged generator a little towards the generator; step counts from 1.
+
+    As G and D react to each other, their weights oscillate around an equilibrium. The
+    average is nearer to it, and its images are better (Yazici et al. 2019).
+    """
+    decay = min(
+        AVERAGE_DECAY, step / (step + 9)
+    )  # lower at first: early weights are bad
+    new = generator.state_dict()
+    for name, value in average.state_dict().items():  # BatchNorm's statistics, too
+        if value.is_floating_point():
+            value.lerp_(new[name], 1 - decay)
+
+
+@torch.no_grad()
+def coverage(real, fake):
+    """Returns the share of the real images that the fakes cover, in [0, 1].
+
+    A real image is covered if a fake is nearer to it than its 5th nearest neighbour in
+    real (Naeem et al. 2020). Both are N x C x H x W, compared pixel by pixel. Near 0, the
+    fakes repeat a few images or resemble nothing. How sharp they are, it cannot see.
+    """
+    real = real.flatten(1)
+    # The nearest of all real images is the image itself: its 5th neighbour comes 6th.
+    radius = torch.cdist(real, real).kthvalue(min(6, len(real))).values
+    covered = torch.cdist(real, fake.flatten(1)).amin(1) < radius
+    return covered.float().mean().item()
+
+
+def train(args, device, bf16, data, checkpoint):
+    """Trains on data, uint8 N x 1 x 28 x 28, and writes all results to args.out_dir.
+
+    checkpoint: of the run to resume, or None. Raises FloatingPointError and OSError.
+    """
+    torch.manual_seed(args.seed)
+    fixed_z = torch.randn(1000, args.latent_dim)  # the same z for every epoch's images
+    generator = NETWORKS[args.model][0](args.latent_dim).apply(init_weights).to(device)
+    discriminator = NETWORKS[args.model][1]().apply(init_weights).to(device)
+    average = copy.deepcopy(generator)
+    opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
+    opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
+    modules = {
+        "generator": generator,
+        "discriminator": discriminator,
+        "average": average,
+        "opt_g": opt_g,
+        "opt_d": opt_d,
+    }
+    history = checkpoint["history"] if checkpoint else []
+    if checkpoint:
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+    real_images = data[:1000] / 127.5 - 1
+    if not history:
+        save_checkpoint(args, modules, history)
+        save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
+        save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
+
+    # An epoch's last, short batch is left out: BatchNorm's statistics need a full one.
+    steps = len(data) // args.batch_size
+    step = len(history) * steps
+    data = data.to(device)
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        start = time.perf_counter()
+        torch.manual_seed(args.seed * 10_000 + epoch)  # the same in a resumed run
+        results = []
+        order = torch.randperm(len(data), device=device)
+        for batch in order.split(args.batch_size)[:steps]:
+            lr = args.lr * (1 - step / (args.epochs * steps))  # falls linearly to 0
+            opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
+            # R1 costs time: every 16th step, 16-fold, is as good (Karras et al. 2020).
+            r1 = 0.0 if step % R1_INTERVAL else R1_WEIGHT * R1_INTERVAL
+            real = data[batch] / 127.5 - 1  # to [-1, 1], like the generator's images
+            z = torch.randn(args.batch_size, args.latent_dim, device=device)
+            results.append(
+                train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16)
+            )
+            step += 1
+            update_average(average, generator, step)
+            show_progress(args, step, steps, start)
+
+        fakes = sample(average, fixed_z)
+        row = {"epoch": epoch}
+        for name in results[0]:
+            row[name] = torch.stack([result[name] for result in results]).mean().item()
+        row["coverage"] = coverage(real_images, fakes)
+        row["seconds"] = time.perf_counter() - start
+        row["images_per_s"] = steps * args.batch_size / row["seconds"]
+        if not math.isfinite(sum(row.values())):
+            raise FloatingPointError("A loss is not finite: add a smaller --lr.")
+        history.append(row)
+        save_reports(args, history, fakes[:64])
+        save_checkpoint(args, modules, history)
+        print_epoch(args, row)
+
+
+# ---- sampling ------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def sample(generator, z):
-    """Returns pictures N x 1 x 28 x 28, on the CPU, by a Generator for z N x latent_dim.
-    A new Generator needs .load_state_dict(torch.load("models/generator.pth", "cpu")) first."""
-    mode, device = generator.training, next(generator.parameters()).device
-    generator.eval()  # with BatchNorm's running statistics a picture depends on its own z alone
-    pictures = torch.cat([generator(part.to(device)).float().cpu() for part in z.split(500)])
-    generator.train(mode)
-    return pictures
+    """Returns images N x 1 x 28 x 28 in [-1, 1], on the CPU, for z of N x latent_dim.
 
-
-def train(args, device, bf16, data, checkpoint):
-    """Trains on uint8 N x 1 x 28 x 28; raises FloatingPointError if a loss is not finite."""
-    if len(data) < args.batch_size:
-        sys.exit(f"{len(data)} pictures do not fill a batch: lower --batch-size {args.batch_size}.")
-    print(f"{len(data):,} pictures, {device}{', bfloat16' * bf16}, to {args.out_dir!a}")
-    torch.manual_seed(args.seed)
-    fixed_z = torch.randn(1000, args.latent_dim)  # the same for the pictures of every epoch
-    generator = Generator(args.model, args.latent_dim).apply(init_weights).to(device)
-    discriminator = Discriminator(args.model).apply(init_weights).to(device)
-    # G and D chase each other, so G's weights circle around a balance. Their average is nearer,
-    # and is what we sample from (Yazici et al. 2019); BatchNorm's statistics are averaged, too.
-    ema = AveragedModel(generator, use_buffers=True)
-    opt_g = torch.optim.Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
-    opt_d = torch.optim.Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
-    run = dict(generator=generator, discriminator=discriminator, ema=ema, opt_g=opt_g, opt_d=opt_d)
-    for name, part in run.items() if checkpoint else ():
-        part.load_state_dict(checkpoint[name])
-    history, images = checkpoint["history"] if checkpoint else [], Path(args.out_dir, "images")
-    save_run(args, run, history)
-    if not history:
-        save_grid(data[:64] / 127.5 - 1, images / "real.png")
-        save_grid(sample(ema, fixed_z[:64]), images / "epoch_000.png")
-    if args.compile:  # in place: the names in the checkpoint stay as they are
-        generator.compile(), discriminator.compile()
-    real_std = (data[:10_000] / 127.5).std(0).mean().item()  # G's share of it is the diversity
-    autocast, began = torch.autocast(device.type, torch.bfloat16, bf16), time.perf_counter()
-    data, steps = data.to(device), len(data) // args.batch_size
-
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        torch.manual_seed(args.seed * 10_000 + epoch)  # resumed or not: the same numbers
-        order = torch.randperm(len(data), device=device)[:steps * args.batch_size]
-        means = torch.zeros(5, device=device)
-        for step, batch in enumerate(order.view(steps, args.batch_size), 1):
-            done = (epoch - 1) * steps + step - 1
-            for group in opt_g.param_groups + opt_d.param_groups:
-                group["lr"] = args.lr * (1 - done / (args.epochs * steps))  # falls to 0
-            r1, penalty = done % 16 == 0, 0
-            x = data[batch] / 127.5 - 1  # to [-1, 1], the range of G's tanh
-            z = torch.randn(args.batch_size, args.latent_dim, device=device)
-
-            # D: minimise softplus(-D(x)) + softplus(D(G(z))) = -log p(x) - log(1 - p(G(z))), where
-            # p = sigmoid(D). Real and fake go in apart: BatchNorm sees fakes alone, as in G's step.
-            with autocast:
-                fake = generator(z)
-                on_fake = discriminator(fake.detach())  # stops at G: its graph serves G's step
-                on_real = discriminator.forward(x.requires_grad_(r1))  # uncompiled, as R1 needs
-            loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
-            if r1:
-                # R1 keeps D from growing too steep at real pictures: gamma / 2 * |gradient|^2, with
-                # gamma 0.5 (Mescheder et al. 2018). To save time, at every 16th step, 16-fold.
-                grad, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
-                penalty = 16 * 0.5 / 2 * grad.square().sum((1, 2, 3)).mean()
-            opt_d.zero_grad()
-            (loss_d + penalty).backward()
-            opt_d.step()
-
-            # G: minimise softplus(-D(G(z))) = -log p(G(z)). Where D spots fakes, p near 0,
-            # it is steep, and log(1 - p) flat. D is frozen: its own gradients would be thrown away.
-            discriminator.requires_grad_(False)
-            with autocast:
-                fooled = discriminator(fake)
-            loss_g = softplus(-fooled.float()).mean()
-            opt_g.zero_grad()
-            loss_g.backward()
-            opt_g.step()
-            discriminator.requires_grad_(True)
-            ema.multi_avg_fn = get_ema_multi_avg_fn(min(0.998, (done + 1) / (done + 10)))
-            ema.update_parameters(generator)  # takes in 9 / (done + 10), at least 0.2 %
-            shares = [(logits > 0).float().mean() for logits in (on_real, -on_fake, fooled)]
-            means += torch.stack([loss_d.detach(), loss_g.detach(), *shares]) / steps  # no sync
-            if sys.stdout.isatty() and step % 10 == 0:
-                left, speed = args.epochs * steps - done - 1, step / (time.perf_counter() - began)
-                print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  {left / speed:.0f} s left"
-                      f"  {speed * args.batch_size:,.0f} pictures/s    ", end="\r", flush=True)
-
-        pictures, seconds = sample(ema, fixed_z), time.perf_counter() - began
-        began += seconds
-        diversity = pictures.std(0).mean().item() / real_std  # 0: collapse; misses partial collapse
-        history.append([epoch, *means.tolist(), diversity, seconds, steps * len(z) / seconds])
-        if not np.isfinite(history[-1]).all():
-            raise FloatingPointError("A loss is not finite: go on with a smaller --lr.")
-        if epoch % args.sample_every == 0 or epoch == args.epochs:
-            save_grid(pictures[:64], images / f"epoch_{epoch:03d}.png")
-        save_run(args, run, history)
-
-
-def save_run(args, run, history):
-    """Writes models/, history.csv, losses.png and progress.gif; prints the last epoch's line."""
-    out = Path(args.out_dir)
-    settings = {name: value for name, value in vars(args).items()
-                if name not in ("out_dir", "device", "compile", "resume", "generate")}
-    states = {name: part.state_dict() for name, part in run.items()}
-    for name, content in dict(
-            checkpoint=dict(script="gan_mnist", settings=settings, history=history, **states),
-            generator=run["ema"].module.state_dict(),
-            discriminator=states["discriminator"]).items():
-        # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
-        path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
-        torch.save(content, buffer)
-        path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
-        path.with_suffix(".tmp").replace(path)
-    if history:
-        header = "epoch,loss_d,loss_g,acc_real,acc_fake,fooled,diversity,seconds,images_per_s"
-        table = np.array(history)
-        np.savetxt(out / "history.csv", table, "%.6g", ",", header=header, comments="")
-        axes = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained").subplots()
-        axes.plot(table[:, 0], table[:, 1:7], label=header.split(",")[1:7])
-        axes.legend(title="by epoch", loc="upper left", bbox_to_anchor=(1, 1))
-        axes.figure.savefig(out / "losses.png")
-        files = [out / "images" / f"epoch_{i:03d}.png" for i in range(len(history) + 1)]
-        frames = [Image.open(file).convert("L") for file in files if file.exists()]
-        if frames:  # there are none if only the checkpoint was kept
-            frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
-                           duration=200, loop=0)
-        print("epoch {}/{}  loss D {:.3f} G {:.3f}  right on real {:.2f} fake {:.2f}  fooled {:.2f}"
-              "  diversity {:.2f}  {:.1f} s  {:,.0f} pictures/s".format(len(history), args.epochs,
-              *history[-1][1:]), " LOW DIVERSITY" * (history[-1][6] < 0.5), flush=True)
-
-
-def load_checkpoint(path):
-    """Returns the checkpoint; exits if it is missing, damaged or another script's."""
-    with suppress(Exception):  # of many kinds, by what is wrong with the file
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare the checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # it can run no code
-        if not damaged and checkpoint["script"] == "gan_mnist":
-            return checkpoint
-    sys.exit(f"{path} is missing, damaged or not gan_mnist.py's: train first or set --out-dir.")
+    Meanwhile the generator is in evaluation mode, where BatchNorm uses its running
+    statistics. In training mode an image would depend on the others in its batch.
+    """
+    was_training = generator.training
+    generator.eval()
+    images = generator(z.to(next(generator.parameters()).device)).cpu()
+    generator.train(was_training)
+    return images
 
 
 def generate(args, device, checkpoint):
-    """Writes args.generate PNG files, a grid and a walk to generated/; OSError if it cannot."""
-    ema = AveragedModel(Generator(args.model, args.latent_dim)).to(device)
-    ema.load_state_dict(checkpoint["ema"])
-    folder = Path(args.out_dir, "generated")
-    if folder.exists():
-        sys.exit(f"{folder} exists, and nothing is overwritten: rename or delete it first.")
-    folder.mkdir()
+    """Writes args.generate images, a grid of 64 others and a latent walk."""
+    generator = NETWORKS[args.model][0](args.latent_dim).to(device)
+    generator.load_state_dict(checkpoint["average"])
+    folder = f"{args.out_dir}/generated"
+    os.mkdir(folder)  # fails if it exists: nothing is overwritten
     torch.manual_seed(args.seed)
-    for i, z in enumerate(torch.randn(args.generate, args.latent_dim).split(1)):
-        pixels = ((sample(ema, z)[0] + 1) * 127.5).round().byte().numpy()
-        Image.fromarray(pixels[0]).save(folder / f"{i:05d}.png")
-    save_grid(sample(ema, torch.randn(64, args.latent_dim)), folder / "grid.png")
-    # A row of the walk is a quarter circle from a to b. Every z on it is as Gaussian as those that
-    # G learned from; a straight line would pass too near to 0, where G saw next to none.
-    a, b = torch.randn(2, 8, 1, args.latent_dim)
-    t = torch.linspace(0, torch.pi / 2, 10)[:, None]
-    save_grid(sample(ema, (a * t.cos() + b * t.sin()).flatten(0, 1)), folder / "walk.png", 10)
+    for i, z in enumerate(torch.randn(args.generate, 1, args.latent_dim)):
+        ToPILImage()((sample(generator, z)[0] + 1) / 2).save(f"{folder}/{i:05d}.png")
+    save_grid(sample(generator, torch.randn(64, args.latent_dim)), f"{folder}_grid.png")
+    # Each row of the walk leads from one z to another along a quarter circle. On it all
+    # are as far from 0 as the z of training; a straight line would come too near.
+    z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
+    angle = torch.linspace(0, math.pi / 2, 10)[:, None]
+    walk = sample(generator, (z1 * angle.cos() + z2 * angle.sin()).flatten(0, 1))
+    save_grid(walk, f"{args.out_dir}/latent_walk.png", columns=10)
+
+
+# ---- from here on, nothing is about GANs: data, files, flags and main ----------------
+
+NETWORKS = {
+    "mlp": (MLPGenerator, MLPDiscriminator),
+    "conv": (ConvGenerator, ConvDiscriminator),
+}
+
+
+def load_data(args):
+    """Returns the training images, uint8 N x 1 x 28 x 28."""
+    if args.toy:
+        return draw_digits(args.limit or 6000)
+    socket.setdefaulttimeout(60)  # a server that is silent for a minute will not answer
+    try:
+        data = MNIST(args.data_dir, train=True, download=True).data
+        if not data.any():
+            raise ValueError("all pixels are 0")
+        return data[: args.limit, None]
+    except Exception as error:  # torchvision raises many kinds
+        sys.exit(
+            f"MNIST could be neither read nor downloaded ({error!r}). If a file in "
+            f"{args.data_dir}/MNIST/raw is damaged, delete train-images-idx3-ubyte and "
+            "train-labels-idx1-ubyte there and try again. Without internet, put "
+            f"{', '.join(name for name, _ in MNIST.resources)} there by hand, or learn "
+            f"synthetic digits: python {sys.argv[0]} --toy"
+        )
+
+
+def draw_digits(count):
+    """Draws synthetic digits, each a little different in place, size and angle."""
+    torch.manual_seed(0)
+    vary = RandomAffine(12, (0.1, 0.1), (0.8, 1.2))  # turn, move, resize
+    font = ImageFont.load_default(22)
+    images = []
+    for i in range(count):
+        image = Image.new("L", (28, 28))
+        ImageDraw.Draw(image).text((14, 14), str(i % 10), 255, font, anchor="mm")
+        images.append(PILToTensor()(vary(image)))
+    return torch.stack(images)
+
+
+# ---- files ---------------------------------------------------------------------------
+
+
+def save_checkpoint(args, modules, history):
+    """Writes models/: the checkpoint, and both networks by themselves for later use."""
+    machine = ("out_dir", "data_dir", "device", "resume", "generate")
+    settings = {
+        name: value for name, value in vars(args).items() if name not in machine
+    }
+    checkpoint = {"settings": settings, "history": history}
+    for name, module in modules.items():
+        checkpoint[name] = module.state_dict()
+    save(checkpoint["average"], f"{args.out_dir}/models/generator.pth")
+    save(checkpoint["discriminator"], f"{args.out_dir}/models/discriminator.pth")
+    save(checkpoint, f"{args.out_dir}/models/checkpoint.pth")
+
+
+def save(content, path):
+    """Writes a file atomically: after a kill it is whole, either the old or the new."""
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(content, file)
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path):
+    """Returns the checkpoint and the flags, with its settings in place of defaults."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        settings = checkpoint["settings"]
+        args = parse_args(**settings)
+        for name in ("model", "latent_dim", "beta1", "toy"):
+            if vars(args)[name] != settings[name]:
+                sys.exit(
+                    f"This run has --{name.replace('_', '-')} {settings[name]}, which "
+                    "stays: leave the flag out, or start anew in another --out-dir."
+                )
+        print(
+            f"{len(checkpoint['history'])} epochs are done; --epochs is {args.epochs}."
+        )
+        return checkpoint, args
+    except Exception as error:  # torch raises many kinds
+        sys.exit(
+            f"{path} is missing, damaged or not from this script ({error!r:.300}). "
+            "Train first, or set --out-dir to the folder of a run."
+        )
+
+
+def save_reports(args, history, images):
+    """Writes the epoch's grid, losses.png and history.csv. An error is only printed."""
+    epoch = len(history)
+    try:
+        if epoch % args.sample_every == 0 or epoch == args.epochs:
+            save_grid(images, f"{args.out_dir}/images/epoch_{epoch:03d}.png")
+        plot_history(history, f"{args.out_dir}/losses.png")
+        with open(f"{args.out_dir}/history.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, history[0])
+            writer.writeheader()
+            writer.writerows(history)
+    except OSError as error:
+        print(f"Warning: {error}. The run goes on, and tries again next epoch.")
+
+
+def plot_history(history, path):
+    """Plots the losses on the left, and what lies between 0 and 1 on the right."""
+    figure = Figure(figsize=(12, 4.5))
+    left, right = figure.subplots(1, 2)
+    left.hlines(
+        [math.log(4), math.log(2)], 0, len(history), linestyles=":", label="D guesses"
+    )
+    right.set_ylim(0, 1)
+    for name in ("loss_d", "loss_g", "acc_real", "acc_fake", "fool_rate", "coverage"):
+        axes = left if name.startswith("loss") else right
+        axes.plot(
+            range(1, len(history) + 1), [row[name] for row in history], label=name
+        )
+        axes.set_xlabel("epoch")
+        axes.locator_params("x", integer=True)
+        axes.legend()
+    figure.savefig(path)
+
+
+def save_gif(args):
+    """Writes progress.gif from the grids of all epochs. An error is only printed."""
+    try:
+        files = sorted(Path(f"{args.out_dir}/images").glob("epoch_*.png"))
+        frames = [Image.open(file).convert("L") for file in files]
+        if frames:
+            frames[0].save(
+                f"{args.out_dir}/progress.gif",
+                append_images=frames[1:],
+                save_all=True,
+                duration=200,
+                loop=0,
+            )
+    except OSError as error:
+        print(f"Warning: {error}. progress.gif is missing or old.")
+
+
+def show_progress(args, step, steps, start):
+    """Rewrites the last line of a terminal."""
+    if sys.stdout.isatty():
+        speed = (step % steps or steps) / (time.perf_counter() - start)
+        print(
+            f"step {step}/{args.epochs * steps}  {speed:.1f} steps/s ",
+            f"{(args.epochs * steps - step) / speed:.0f} s left    ",
+            end="\r",
+            flush=True,
+        )
+
+
+def print_epoch(args, row):
+    line = (
+        "epoch {epoch}/{epochs}  loss_d {loss_d:.3f}  loss_g {loss_g:.3f}  "
+        "acc_real {acc_real:.2f}  acc_fake {acc_fake:.2f}  fool_rate {fool_rate:.2f}  "
+        "coverage {coverage:.2f}  {seconds:.1f} s  {images_per_s:,.0f} images/s"
+    )
+    if row["coverage"] < 0.1:
+        line += "  LOW COVERAGE"
+    print(line.format(epochs=args.epochs, **row), flush=True)
+
+
+# ---- flags and main ------------------------------------------------------------------
+
+
+def parse_args(**settings):
+    """Returns the flags; settings, of a checkpoint, take the place of the defaults."""
+    parser = argparse.ArgumentParser()
+    flag = parser.add_argument
+    flag("--model", choices=NETWORKS, default="mlp", help="networks (%(default)s)")
+    flag("--epochs", type=count, help="passes over the data (50 for mlp, 18 for conv)")
+    flag("--batch-size", type=count, help="real images per update (256, 64 with --toy)")
+    flag("--lr", type=float, default=2e-3, help="first learning rate (%(default)s)")
+    flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
+    flag("--latent-dim", type=count, default=100, help="latent dimension (%(default)s)")
+    flag("--sample-every", type=count, default=1, help="epochs per grid (%(default)s)")
+    flag("--data-dir", default="data", help="where MNIST is or goes (%(default)s)")
+    flag("--out-dir", default=f"runs/{Path(__file__).stem}", help="(%(default)s)")
+    flag("--limit", type=count, help="use only the first N images (all)")
+    flag("--toy", action="store_true", help="learn synthetic digits, with no download")
+    flag("--seed", type=int, default=0, help="random seed (%(default)s)")
+    flag("--device", help="cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
+    flag("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (if native)")
+    flag("--resume", action="store_true", help="continue the run in --out-dir")
+    flag("--generate", type=count, help="write N images of a trained run")
+    parser.set_defaults(**settings)
+    args = parser.parse_args()
+    if not args.lr > 0 or not 0 <= args.beta1 < 1:
+        parser.error("--lr must be above 0, and --beta1 in [0, 1)")
+    args.epochs = args.epochs or (50 if args.model == "mlp" else 18)
+    args.batch_size = args.batch_size or (64 if args.toy else 256)
+    return args
+
+
+def count(text):
+    """Returns a flag's text as a number; argparse shows the user the ValueError."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def choose_device(name):
+    """Returns the device of that name; without one, a GPU that works, or the CPU."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    device = name or gpu or "cpu"
+    try:
+        return torch.ones(1, device=device).device
+    except Exception as error:  # torch raises many kinds
+        if name:
+            sys.exit(f"--device {name} cannot be used: {error}")
+        print(f"{device} cannot be used, so the CPU is: {error}")
+        return torch.device("cpu")
+
+
+def has_bfloat16(device):
+    """Tells whether the device has bfloat16 in hardware; without, float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # from torch 2.11 on
+    return device.type == "cpu" and capabilities().get("avx512_bf16", False)
+
+
+def explain(error, args):
+    """Returns what to tell the user of an error that is no bug; raises a bug again."""
+    reason = str(error) or "Stopped."
+    if "memory" in reason:
+        reason = f"Out of memory: add --batch-size {args.batch_size // 2}."
+    elif "state_dict" in reason:
+        reason = "The networks in this script do not fit the checkpoint (edited?)."
+    elif isinstance(error, FileExistsError):
+        reason = f"{error.filename} exists: rename or delete it first."
+    elif not isinstance(error, (KeyboardInterrupt, OSError, FloatingPointError)):
+        raise error
+    if Path(f"{args.out_dir}/models/checkpoint.pth").exists() and not args.generate:
+        command = f'python {sys.argv[0]} --resume --out-dir "{args.out_dir}"'
+        reason += f" To continue from the last saved epoch:\n{command}"
+    return f"\n{reason}"
 
 
 def main():
-    args, checkpoint = parse_args(), None
-    out, saved = Path(args.out_dir), Path(args.out_dir, "models", "checkpoint.pth")
+    args = parse_args()
+    checkpoint = None
     if args.resume or args.generate:
-        checkpoint = load_checkpoint(saved)
-        args, old = parse_args(checkpoint["settings"]), checkpoint["settings"]
-        if any(vars(args)[n] != old[n] for n in ("beta1", "model", "latent_dim", "toy")):
-            sys.exit(f"{saved}: a run keeps its --beta1, --model, --latent-dim and --toy.")
-    elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
-        sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")
-    try:
-        device = torch.device(args.device or torch.accelerator.current_accelerator(True) or "cpu")
-        torch.ones(1, device=device).cpu()
-    except Exception as error:  # of many kinds, by what is missing
-        sys.exit(f"--device {args.device or ''} cannot be used: {str(error).splitlines()[0]}")
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
-    native = (torch.cuda.is_bf16_supported(False) if device.type == "cuda"
-              else device.type == "cpu" and cpu.get("avx512_bf16", False))
-    bf16 = native if args.bf16 is None else args.bf16  # not native: float32 is faster
+        checkpoint, args = load_checkpoint(f"{args.out_dir}/models/checkpoint.pth")
+    elif any(Path(args.out_dir).rglob("*.p[nt]*")):  # .png and .pth
+        sys.exit(f"{args.out_dir} is not empty: add --resume, or another --out-dir.")
+    device = choose_device(args.device)
+    bf16 = has_bfloat16(device) if args.bf16 is None else args.bf16
     try:
         if args.generate:
-            return generate(args, device, checkpoint)
-        (out / "models").mkdir(parents=True, exist_ok=True)
-        train(args, device, bf16, load_data(args), checkpoint)
-    except (KeyboardInterrupt, OSError, FloatingPointError) as error:
-        hint = f'\nGo on from the last epoch: python gan_mnist.py --resume --out-dir "{out}"'
-        sys.exit(f"\nStopped. {error}{hint if saved.exists() and not args.generate else ''}")
+            generate(args, device, checkpoint)
+        else:
+            os.makedirs(f"{args.out_dir}/models", exist_ok=True)
+            data = load_data(args)
+            if not 2 <= args.batch_size <= len(data):
+                sys.exit(f"--batch-size must be from 2 to the {len(data)} images.")
+            print(
+                f"{len(data):,} images, {len(data) // args.batch_size} updates per "
+                f"epoch, on {device} in {'bfloat16' if bf16 else 'float32'}"
+            )
+            train(args, device, bf16, data, checkpoint)
+        print(f"The results are in {args.out_dir!a}.")
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(explain(error, args))
+    finally:
+        save_gif(args)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,19 @@ the same flags, to spare the start of a process. Nothing is downloaded.
 """
 import argparse
 import contextlib
+import copy
 import csv
 import functools
 import hashlib
 import http.server
 import importlib
+import inspect
 import io
 import os
 import pickle
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -23,7 +26,6 @@ import textwrap
 import threading
 import unittest
 import warnings
-import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -98,12 +100,19 @@ class Folder(unittest.TestCase):
 
 class CommonTest(Folder):
     def test_grid_maps_minus_one_to_one_exactly_and_creates_the_folder(self):
-        images = torch.tensor([-1.0, 0.0, 1.0, -5.0, 5.0]).view(5, 1, 1, 1).expand(5, 1, 4, 4)
+        images = torch.tensor([-1.0, 0.0, 1.0, -5.0, 5.0]).view(5, 1, 1, 1).expand(5, 1, 64, 64)
         save_grid(images, self.folder / "new" / "grid.png", columns=3)
         grid = read(self.folder / "new" / "grid.png")
-        self.assertEqual(grid.shape, (2 * 6 + 2, 3 * 6 + 2, 3))
-        levels = [int(grid[4 + 6 * (i // 3), 4 + 6 * (i % 3), 0]) for i in range(5)]
+        self.assertEqual(grid.shape, (2 * 66 + 2, 3 * 66 + 2, 3))
+        levels = [int(grid[30 + 66 * (i // 3), 30 + 66 * (i % 3), 0]) for i in range(5)]
         self.assertEqual(levels, [0, 128, 255, 0, 255])
+
+    def test_small_images_are_enlarged_without_smoothing(self):
+        images = torch.rand(2, 3, 28, 28).round() * 2 - 1
+        save_grid(images, self.folder / "grid.png", columns=1)
+        grid = torch.from_numpy(read(self.folder / "grid.png")[2:86, 2:86] / 127.5 - 1)
+        expected = images[0].permute(1, 2, 0).repeat_interleave(3, 0).repeat_interleave(3, 1)
+        torch.testing.assert_close(grid.float(), expected)
 
     def test_grid_does_not_stretch_contrast(self):
         save_grid(torch.full((4, 3, 8, 8), 0.2), self.folder / "flat.png", columns=2)
@@ -142,7 +151,7 @@ class ScriptTests:
     script: its file name; variants: name to flags, the default first; columns: of their grids;
     size: of a picture, in pixels; others: flags of networks that the default's run does not have.
     """
-    size = 28
+    size, scale = 28, 3  # grids show small images three times as large
 
     @classmethod
     def setUpClass(cls):
@@ -162,7 +171,7 @@ class ScriptTests:
         return ()
 
     def grid_shape(self, variant, columns=None):
-        rows, cell = self.columns[variant], self.size + 2
+        rows, cell = self.columns[variant], self.size * self.scale + 2
         return rows * cell + 2, (columns or rows) * cell + 2, 3
 
     def test_networks_have_the_promised_shapes(self):
@@ -431,44 +440,451 @@ class ScriptTests:
         """Returns the pictures of images/real.png, row by row, after a run on "my data"."""
         call(self.script, "--data-dir", self.folder / "my data", "--epochs", 1, "--batch-size", 70,
              *flags, "--out-dir", self.folder / "out")
-        grid, cell = read(self.folder / "out" / "images" / "real.png"), self.size + 2
-        corners = [(top, left) for top in range(2, len(grid) - 2, cell)
-                   for left in range(2, grid.shape[1] - 2, cell)]
-        return [grid[top:top + self.size, left:left + self.size] for top, left in corners]
+        grid, n = read(self.folder / "out" / "images" / "real.png"), self.size * self.scale
+        corners = [(top, left) for top in range(2, len(grid) - 2, n + 2)
+                   for left in range(2, grid.shape[1] - 2, n + 2)]
+        return [grid[top:top + n:self.scale, left:left + n:self.scale] for top, left in corners]
 
 
-class MnistTest(ScriptTests, Folder):
-    script, channels = "gan_mnist.py", 1
-    variants = {"mlp": (), "conv": ("--model", "conv")}
-    columns = {"mlp": 8, "conv": 8}
-    others = (("--model", "conv"),)
-    bad_flags = (("--model", "gru"),)
-    data_file = "train-images-idx3-ubyte.gz"
+class MnistTest(Folder):
+    """gan_mnist.py. Two short toy runs, one per model, are trained once for all tests."""
 
-    def networks(self, variant):
-        return gan_mnist.Generator(variant, latent_dim=7), gan_mnist.Discriminator(variant)
+    flags = (
+        *("--toy", "--limit", 200, "--batch-size", 32, "--latent-dim", 7),
+        *("--epochs", 3, "--sample-every", 2),
+    )
+    models = {
+        "mlp": (gan_mnist.MLPGenerator, gan_mnist.MLPDiscriminator),
+        "conv": (gan_mnist.ConvGenerator, gan_mnist.ConvDiscriminator),
+    }
 
-    def test_each_row_of_the_walk_has_ten_pictures(self):
-        folder, _ = self.generated("mlp", 3)
-        self.assertEqual(read(folder / "walk.png").shape, self.grid_shape("mlp", columns=10))
+    @classmethod
+    def setUpClass(cls):
+        cls.runs = Path(tempfile.mkdtemp())
+        cls.addClassCleanup(shutil.rmtree, cls.runs)
+        cls.printed = {}
+        for model in cls.models:
+            flags = (*cls.flags, "--model", model, "--out-dir", cls.runs / model)
+            cls.printed[model] = call("gan_mnist.py", *flags)
 
-    def test_readmes_lines_for_another_project_draw_a_picture(self):
+    def copy_run(self):
+        return shutil.copytree(self.runs / "mlp", self.folder / "copy")
+
+    def train(self, *flags, code=0):
+        """A run of one epoch in a new folder, self.folder / "out"."""
+        flags = ("--epochs", 1, "--out-dir", self.folder / "out", *flags)
+        return call("gan_mnist.py", *self.flags, *flags, code=code)
+
+    def resume(self, out, *flags, code=0):
+        return call("gan_mnist.py", "--resume", "--out-dir", out, *flags, code=code)
+
+    def generate(self, out, count, code=0):
+        flags = ("--generate", count, "--data-dir", self.folder / "none")
+        return call("gan_mnist.py", *flags, "--out-dir", out, code=code)
+
+    def epochs(self, out):
+        return len(load(out / "models" / "checkpoint.pth")["history"])
+
+    # -- what a run gives
+
+    def test_a_run_writes_its_files_and_says_where(self):
+        for model, text in self.printed.items():
+            out = self.runs / model
+            self.assertEqual(
+                {str(file.relative_to(out).as_posix()) for file in out.rglob("*.*")},
+                {
+                    *("images/real.png", "images/epoch_000.png"),
+                    *("images/epoch_002.png", "images/epoch_003.png"),
+                    *("progress.gif", "losses.png", "history.csv"),
+                    *("models/generator.pth", "models/discriminator.pth"),
+                    "models/checkpoint.pth",
+                },
+            )
+            self.assertEqual(frames(out / "progress.gif"), 3)
+            self.assertIn(repr(str(out)), text.splitlines()[-1])
+
+    def test_grids_are_large_enough_to_see(self):
+        for grid in (self.runs / "mlp" / "images").iterdir():
+            self.assertEqual(read(grid).shape, (8 * 86 + 2, 8 * 86 + 2, 3))
+
+    def test_lines_and_history_have_the_same_numbers(self):
+        lines = self.printed["mlp"].splitlines()
+        self.assertIn("200 images, 6 updates per epoch", lines[0])
+        with open(self.runs / "mlp" / "history.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        self.assertEqual([row["epoch"] for row in rows], ["1", "2", "3"])
+        for line, row in zip(lines[1:4], rows, strict=True):
+            self.assertTrue(line.startswith(f"epoch {row['epoch']}/3 "))
+            for name in ("loss_d", "loss_g"):
+                self.assertIn(f"  {name} {float(row[name]):.3f}  ", line)
+            for name in ("acc_real", "acc_fake", "fool_rate", "coverage"):
+                self.assertTrue(0 <= float(row[name]) <= 1)
+                self.assertIn(f"  {name} {float(row[name]):.2f}  ", line)
+            images = float(row["seconds"]) * float(row["images_per_s"])
+            self.assertAlmostEqual(images, 6 * 32, places=3)
+            self.assertIn("LOW COVERAGE", line)  # the generator has learned next to nothing
+
+    def test_readmes_lines_load_the_averaged_generator(self):
         text = (HERE / "README.md").read_text(encoding="utf-8")
         code = text.split("```python\n")[1].split("```")[0]
+        code = code.replace("latent_dim=100", "latent_dim=7").replace("(64, 100)", "(64, 7)")
+        code = code.replace("runs/gan_mnist", str(self.runs / "mlp").replace("\\", "/"))
+        names = {}
+        exec(code.replace("digits.png", str(self.folder / "digits.png")), names)
+        self.assertEqual(read(self.folder / "digits.png").shape, (690, 690, 3))
+        checkpoint = load(self.runs / "mlp" / "models" / "checkpoint.pth")
+        for name, value in names["generator"].state_dict().items():
+            self.assertTrue(value.equal(checkpoint["average"][name]), name)
+        self.assertFalse(value.equal(checkpoint["generator"][name]))
+
+    def test_generate_writes_n_images_and_nothing_else_into_a_new_folder(self):
+        for model in self.models:
+            out = self.folder / model / "models"
+            out.mkdir(parents=True)
+            shutil.copy(self.runs / model / "models" / "checkpoint.pth", out)
+            out = out.parent
+            self.generate(out, 5)
+            files = sorted((out / "generated").iterdir())
+            self.assertEqual([file.name for file in files], [f"{i:05d}.png" for i in range(5)])
+            self.assertEqual({read(file).shape for file in files}, {(28, 28)})
+            self.assertEqual(len({file.read_bytes() for file in files}), 5)
+            self.assertEqual(read(out / "generated_grid.png").shape, (690, 690, 3))
+            self.assertEqual(read(out / "latent_walk.png").shape, (690, 862, 3))
+            text = self.generate(out, 2, code=1)
+            self.assertIn("rename or delete", text)
+            self.assertEqual(len(list((out / "generated").iterdir())), 5)
+
+    # -- what the lesson's functions promise to whoever copies them
+
+    def test_train_step_learns_when_copied_alone(self):
+        names = {"nn": nn, "torch": torch, "logsigmoid": nn.functional.logsigmoid}
+        for part in (*self.models["mlp"], gan_mnist.train_step, gan_mnist.r1_penalty):
+            exec(inspect.getsource(part), names)
+        torch.manual_seed(0)
+        generator, discriminator = names["MLPGenerator"](7), names["MLPDiscriminator"]()
+        opt_g = torch.optim.Adam(generator.parameters(), 1e-3, (0.5, 0.999))
+        opt_d = torch.optim.Adam(discriminator.parameters(), 1e-3, (0.5, 0.999))
+        real = torch.ones(32, 1, 28, 28)
+        real[:, :, 14:] = -1  # one image, half white and half black
+        for _ in range(60):
+            z = torch.randn(32, 7)
+            names["train_step"](generator, discriminator, opt_g, opt_d, real, z, r1=0.1)
+        error = (gan_mnist.sample(generator, torch.randn(32, 7)) - real).abs().mean()
+        self.assertLess(error, 0.5)
+
+    def test_train_step_updates_each_network_from_its_own_loss_alone(self):
+        torch.manual_seed(0)
+        generator, discriminator = self.models["mlp"][0](7), self.models["mlp"][1]()
+        before = copy.deepcopy(discriminator)
+        opt_g = torch.optim.SGD(generator.parameters(), 0.0)
+        opt_d = torch.optim.SGD(discriminator.parameters(), 0.1)
+        real, z = torch.rand(32, 1, 28, 28), torch.randn(32, 7)
+        result = gan_mnist.train_step(generator, discriminator, opt_g, opt_d, real, z)
+        bce = nn.functional.binary_cross_entropy_with_logits
+        fake, one, zero = generator(z), torch.ones(32, 1), torch.zeros(32, 1)
+        loss_d = bce(before(real), one) + bce(before(fake.detach()), zero)
+        loss_d.backward()
+        loss_g = bce(discriminator(fake), one)
+        (grad,) = torch.autograd.grad(loss_g, generator[0].weight)
+        self.assertAlmostEqual(result["loss_d"].item(), loss_d.item(), places=5)
+        self.assertAlmostEqual(result["loss_g"].item(), loss_g.item(), places=5)
+        torch.testing.assert_close(discriminator[1].weight.grad, before[1].weight.grad)
+        torch.testing.assert_close(generator[0].weight.grad, grad)
+        self.assertTrue(all(weight.requires_grad for weight in discriminator.parameters()))
+
+    def test_r1_is_the_squared_gradient_at_real_images(self):
+        discriminator = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 1))
+        penalty = gan_mnist.r1_penalty(discriminator, torch.rand(5, 1, 28, 28))
+        expected = discriminator[1].weight.square().sum()
+        torch.testing.assert_close(penalty, expected)
+        penalty.backward()
+        torch.testing.assert_close(
+            discriminator[1].weight.grad, 2 * discriminator[1].weight.detach()
+        )
+
+    def test_the_average_follows_weights_and_batchnorm(self):
+        average, generator = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+        for value in (*generator.parameters(), *generator.buffers()):
+            value.data.fill_(3)
+        start = average.running_mean.item(), average.weight.item()
+        gan_mnist.update_average(average, generator, 10_000)
+        self.assertAlmostEqual(average.running_mean.item(), start[0] + 0.002 * 3, places=5)
+        self.assertAlmostEqual(average.weight.item(), start[1] + 0.002 * 2, places=5)
+        gan_mnist.update_average(average, generator, 1)  # the first steps count more
+        self.assertGreater(average.weight.item(), 2.5)
+
+    def test_coverage_sees_collapse(self):
+        torch.manual_seed(0)
+        modes = torch.randn(10, 1, 28, 28)
+        real = modes.repeat(30, 1, 1, 1) + 0.1 * torch.randn(300, 1, 28, 28)
+        fake = modes.repeat(30, 1, 1, 1) + 0.1 * torch.randn(300, 1, 28, 28)
+        self.assertGreater(gan_mnist.coverage(real, fake), 0.95)
+        half = fake.view(30, 10, 1, 28, 28)[:, :5].flatten(0, 1)
+        self.assertAlmostEqual(gan_mnist.coverage(real, half), 0.5, delta=0.05)
+        self.assertLess(gan_mnist.coverage(real, fake[:5].repeat(60, 1, 1, 1)), 0.1)
+        self.assertLess(gan_mnist.coverage(real, torch.randn(300, 1, 28, 28)), 0.1)
+        self.assertLessEqual(gan_mnist.coverage(real[:2], fake), 1)
+
+    def test_an_image_depends_on_its_own_z_alone_and_sampling_keeps_the_mode(self):
+        for make_generator, _ in self.models.values():
+            generator, z = make_generator(7).train(), 3 * torch.randn(50, 7)
+            images = gan_mnist.sample(generator, z)
+            self.assertEqual(images.shape, (50, 1, 28, 28))
+            self.assertLessEqual(images.abs().max().item(), 1)
+            torch.testing.assert_close(gan_mnist.sample(generator, z[:1]), images[:1])
+            self.assertTrue(generator.training)
+
+    def test_discriminators_give_a_logit_per_image_and_the_convolutional_has_dropout(self):
+        images = torch.rand(5, 1, 28, 28)
+        for _, make_discriminator in self.models.values():
+            self.assertEqual(make_discriminator()(images).shape, (5, 1))
+        for layer in (discriminator := self.models["conv"][1]()):
+            layer.train(isinstance(layer, nn.Dropout))
+        self.assertFalse(discriminator(images).equal(discriminator(images)))
+        with self.assertRaises(TypeError):  # a slice would not hold the trained layers
+            discriminator[:-2]
+
+    # -- stopping and resuming
+
+    def test_a_killed_and_resumed_run_ends_in_the_same_bytes(self):
+        script = [sys.executable, HERE / "gan_mnist.py", *map(str, self.flags)]
+        killed = {}
+        for model in self.models:
+            flags = ["--model", model, "--out-dir", self.folder / model]
+            killed[model] = subprocess.Popen(script + flags, stdout=subprocess.PIPE, text=True)
+        for model, process in killed.items():
+            while "epoch 1/3" not in process.stdout.readline():
+                self.assertIsNone(process.poll())
+            process.kill()
+            process.communicate()
+            out = self.folder / model
+            self.assertIn(self.epochs(out), (1, 2))
+            self.assertIn("epoch 3/3", self.resume(out))
+            for name in ("models/generator.pth", "models/discriminator.pth"):
+                whole, resumed = ((folder / model / name) for folder in (self.runs, self.folder))
+                self.assertEqual(whole.read_bytes(), resumed.read_bytes())
+            for name in ("images/epoch_003.png", "losses.png"):
+                np.testing.assert_array_equal(
+                    read(self.runs / model / name), read(out / name)
+                )
+
+    def test_ctrl_c_in_a_copied_script_prints_the_command_that_resumes(self):
         for name in ("gan_mnist.py", "common.py"):
             shutil.copy(HERE / name, self.folder)
-        shutil.copytree(self.runs / "mlp", self.folder / "runs" / "gan_mnist")
-        code = code.replace("latent_dim=100", "latent_dim=7").replace("(64, 100)", "(64, 7)")
-        done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=self.folder,
-                              capture_output=True, text=True)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual(read(self.folder / "digits.png").shape, self.grid_shape("mlp"))
+        (self.folder / "gan_mnist.py").rename(self.folder / "my_gan.py")
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background
+        process = subprocess.Popen(
+            [sys.executable, "my_gan.py", *map(str, self.flags), "--epochs", "1000"],
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            text=True,
+        )
+        while "epoch 2/1000" not in process.stdout.readline():
+            self.assertIsNone(process.poll())
+        windows = os.name == "nt"  # takes no SIGINT from another process
+        process.terminate() if windows else process.send_signal(signal.SIGINT)
+        text = process.communicate(timeout=60)[1]
+        if not windows:
+            self.assertEqual(process.returncode, 1)
+            self.assertIn('python my_gan.py --resume --out-dir "runs/my_gan"', text)
+            self.assertNotIn("Traceback", text)
+            self.assertGreaterEqual(frames(self.folder / "runs" / "my_gan" / "progress.gif"), 2)
 
-    def test_data_is_read_from_files_in_torchvisions_layout(self):
-        pixels, _ = self.write_idx("MNIST", 70)
-        real = self.real()
-        for i in (0, 7, 63):
-            np.testing.assert_array_equal(real[i][..., 0], pixels[i])
+    def test_resume_takes_flags_from_the_run_and_the_command_line_wins(self):
+        out = self.copy_run()
+        text = self.resume(out, "--epochs", 4, "--lr", 1e-4)
+        self.assertIn("3 epochs are done; --epochs is 4", text)
+        self.assertEqual(self.epochs(out), 4)
+        settings = load(out / "models" / "checkpoint.pth")["settings"]
+        self.assertEqual((settings["lr"], settings["batch_size"]), (1e-4, 32))
+        text = self.resume(out, "--epochs", 2)
+        self.assertNotIn("epoch 4", text)
+        self.assertIn("4 epochs are done; --epochs is 2", text)
+        self.assertEqual(self.epochs(out), 4)
+
+    def test_a_flag_that_the_run_keeps_is_named(self):
+        out = self.copy_run()
+        checkpoint = load(out / "models" / "checkpoint.pth")
+        checkpoint["settings"]["toy"] = False
+        torch.save(checkpoint, out / "models" / "checkpoint.pth")
+        for flags in (("--model", "conv"), ("--latent-dim", 8), ("--beta1", 0.4), ("--toy",)):
+            self.assertIn(f"has {flags[0]} ", self.resume(out, *flags, code=1))
+
+    def test_damaged_and_foreign_checkpoints_are_refused_and_run_no_code(self):
+        path = self.copy_run() / "models" / "checkpoint.pth"
+        whole, trap = path.read_bytes(), self.folder / "trap"
+
+        class Payload:
+            def __reduce__(self):
+                return os.mkdir, (str(trap),)
+
+        torch.save({"settings": {"toy": True}}, path)
+        foreign = path.read_bytes()
+        for content in (whole[: len(whole) // 2], b"", foreign, pickle.dumps(Payload())):
+            path.write_bytes(content)
+            self.assertIn("damaged or not from this script", self.resume(path.parents[1], code=1))
+            self.assertFalse(trap.exists())
+            self.assertEqual(path.read_bytes(), content)
+        self.assertIn("Train first", self.resume(self.folder / "nothing", code=1))
+
+    def test_networks_that_were_edited_since_are_refused_in_a_sentence(self):
+        path = self.copy_run() / "models" / "checkpoint.pth"
+        checkpoint = load(path)
+        checkpoint["average"]["0.weight"] = torch.zeros(1, 1)
+        torch.save(checkpoint, path)
+        for text in (self.resume(path.parents[1], code=1), self.generate(path.parents[1], 1, 1)):
+            self.assertIn("edited", text)
+
+    def test_bfloat16_follows_the_machine_unless_it_was_asked_for(self):
+        settings = load(self.runs / "mlp" / "models" / "checkpoint.pth")["settings"]
+        self.assertIsNone(settings["bf16"])
+        for flag, name in (("--bf16", "bfloat16"), ("--no-bf16", "float32")):
+            out = self.folder / flag
+            self.assertIn(name, self.train(flag, "--out-dir", out))
+            self.assertIn(name, self.resume(out, "--epochs", 2))
+
+    # -- when something is wrong
+
+    def test_out_of_memory_names_a_smaller_batch_and_the_command(self):
+        out = self.copy_run()
+        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        with mock.patch.object(gan_mnist, "train_step", side_effect=error):
+            text = self.resume(out, "--epochs", 4, code=1)
+        self.assertIn("--batch-size 16", text)
+        self.assertIn("--resume", text)
+        text = self.train("--latent-dim", 10**14, code=1)  # no machine has that much
+        self.assertIn("Out of memory", text)
+
+    def test_a_bug_keeps_its_traceback(self):
+        with mock.patch.object(gan_mnist, "train_step", side_effect=RuntimeError("a bug")):
+            with self.assertRaisesRegex(RuntimeError, "a bug"):
+                self.train()
+
+    def test_a_crash_in_the_first_step_leaves_a_run_that_resumes(self):
+        with mock.patch.object(gan_mnist, "train_step", side_effect=KeyboardInterrupt):
+            self.assertIn("--resume", self.train(code=1))
+        self.assertIn("epoch 1/1", self.resume(self.folder / "out"))
+
+    def test_a_loss_that_is_not_finite_stops_the_run(self):
+        text = self.train("--lr", 1e30, code=1)
+        self.assertIn("smaller --lr", text)
+        average = load(self.folder / "out" / "models" / "checkpoint.pth")["average"]
+        self.assertTrue(all(value.isfinite().all() for value in average.values()))
+
+    def test_a_report_that_cannot_be_written_does_not_end_the_run(self):
+        out = self.copy_run()
+        (out / "history.csv").unlink()
+        (out / "history.csv").mkdir()  # stands in for a file that a spreadsheet holds open
+        text = self.resume(out, "--epochs", 4)
+        self.assertIn("Warning", text)
+        self.assertIn("history.csv", text)
+        self.assertEqual(self.epochs(out), 4)
+
+    def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_the_last_one_stays(self):
+        out = self.copy_run()
+        path = out / "models" / "checkpoint.pth"
+        before = path.read_bytes()
+        (out / "models" / "checkpoint.pth.tmp").mkdir()  # stands in for a full disk
+        self.assertIn("--resume", self.resume(out, "--epochs", 4, code=1))
+        self.assertEqual(path.read_bytes(), before)
+
+    def test_flags_out_of_range_are_refused(self):
+        out = self.folder / "out"
+        for flag, value in (
+            *(("--epochs", 0), ("--batch-size", "ten"), ("--latent-dim", 0), ("--limit", 0)),
+            *(("--sample-every", 0), ("--generate", 0), ("--beta1", 1), ("--beta1", -0.1)),
+            *(("--lr", 0), ("--lr", "nan"), ("--model", "gru"), ("--seed", "x")),
+        ):
+            text = call("gan_mnist.py", flag, value, "--out-dir", out, code=2)
+            self.assertIn(flag, text.splitlines()[-1])
+        self.assertFalse(out.exists())
+
+    def test_a_batch_larger_than_the_data_is_refused(self):
+        self.assertIn("--batch-size", self.train("--limit", 31, code=1))
+        self.assertIn("--batch-size", self.train("--batch-size", 1, code=1))
+        self.train("--limit", 2, "--batch-size", 2)
+
+    def test_nothing_that_exists_is_overwritten(self):
+        out = self.folder / "out"
+        out.mkdir()
+        for name in (".DS_Store", "desktop.ini", ".gitkeep"):
+            (out / name).touch()  # these are no run
+        self.train()
+        before = {file: file.read_bytes() for file in out.rglob("*.*")}
+        self.assertIn("--resume", self.train(code=1))
+        self.assertEqual(before, {file: file.read_bytes() for file in out.rglob("*.*")})
+        blocked = self.folder / "a file"
+        blocked.write_text("mine")
+        self.assertIn("a file", self.train("--out-dir", blocked / "out", code=1))
+        self.assertEqual(blocked.read_text(), "mine")
+
+    def test_a_device_that_cannot_be_used_is_refused_or_replaced_if_not_asked_for(self):
+        for name in ("cuda:99", "nonsense"):
+            self.assertIn(name, self.train("--device", name, code=1))
+        self.assertFalse((self.folder / "out").exists())
+        gpu = torch.device("cuda:99")  # stands in for one that PyTorch sees and cannot use
+        with (
+            mock.patch("torch.accelerator.current_accelerator", lambda **_: gpu),
+            contextlib.redirect_stdout(io.StringIO()) as printed,
+        ):
+            self.assertEqual(gan_mnist.choose_device(None).type, "cpu")
+        self.assertIn("cuda:99 cannot be used", printed.getvalue())
+
+    # -- the data set
+
+    def write_mnist(self, pixels):
+        """Writes uint8 N x 28 x 28 in MNIST's format; returns the file of the images."""
+        raw = self.folder / "data" / "MNIST" / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        count = len(pixels)
+        images = struct.pack(">IIII", 0x803, count, 28, 28) + pixels.tobytes()
+        labels = struct.pack(">II", 0x801, count) + bytes(count)
+        for split in ("train", "t10k"):
+            (raw / f"{split}-images-idx3-ubyte").write_bytes(images)
+            (raw / f"{split}-labels-idx1-ubyte").write_bytes(labels)
+        return raw / "train-images-idx3-ubyte"
+
+    def train_on_files(self, code=0):
+        flags = ("--data-dir", self.folder / "data", "--out-dir", self.folder / "out")
+        return call("gan_mnist.py", *flags, "--epochs", 1, "--batch-size", 64, code=code)
+
+    def test_mnist_is_read_from_its_files(self):
+        pixels = np.random.default_rng(0).integers(0, 256, (64, 28, 28), dtype=np.uint8)
+        self.write_mnist(pixels)
+        self.train_on_files()
+        grid = read(self.folder / "out" / "images" / "real.png")
+        for i, row, column in ((0, 0, 0), (7, 0, 7), (63, 7, 7)):
+            top, left = 2 + 86 * row, 2 + 86 * column
+            cell = grid[top : top + 84 : 3, left : left + 84 : 3, 0]
+            np.testing.assert_array_equal(cell, pixels[i])
+
+    def test_a_damaged_data_file_is_named(self):
+        pixels = np.full((64, 28, 28), 9, np.uint8)
+        file = self.write_mnist(pixels)
+        file.write_bytes(file.read_bytes()[:25_000])
+        self.assertIn(f"delete {file.name}", self.train_on_files(code=1))
+        self.write_mnist(0 * pixels)
+        self.assertIn(f"delete {file.name}", self.train_on_files(code=1))
+
+    def test_without_a_connection_the_files_are_named(self):
+        text = self.train_on_files(code=1)
+        for word in ("train-images-idx3-ubyte.gz", "MNIST/raw", "--toy"):
+            self.assertIn(word, text)
+
+    def test_a_server_that_never_answers_is_given_up(self):
+        with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, and is silent
+            mirror = [f"http://127.0.0.1:{server.getsockname()[1]}/"]
+            set_timeout = socket.setdefaulttimeout
+            self.addCleanup(set_timeout, None)
+            with (
+                mock.patch.object(gan_mnist.MNIST, "mirrors", mirror),
+                mock.patch.dict(os.environ, {"no_proxy": "127.0.0.1"}),
+                mock.patch("socket.setdefaulttimeout", lambda s: set_timeout(s / 100)),
+                mock.patch.dict(NO_NETWORK, {"no_proxy": "127.0.0.1"}),
+            ):
+                self.assertIn("timed out", self.train_on_files(code=1))
 
 
 class LabelTests(ScriptTests):
@@ -618,7 +1034,7 @@ class CifarTest(LabelTests, Folder):
 
 
 class CelebaTest(ScriptTests, Folder):
-    script, channels, size = "dcgan_celeba.py", 3, 64
+    script, channels, size, scale = "dcgan_celeba.py", 3, 64, 1
     variants, columns = {"plain": ()}, {"plain": 8}
     others, bad_flags = (), ()
     data_file = "img_align_celeba.zip"
