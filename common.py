@@ -12,10 +12,9 @@ from torchvision.utils import save_image
 def save_grid(images, path, columns=8):
     """Saves images as one PNG, row by row, and creates the folder that it goes into.
 
-    images: N x C x H x W in [-1, 1], with C of 1 (grey) or 3 (RGB). -1 becomes black and
-        1 white in every grid, so that grids can be compared; values outside are clipped.
-        Images of less than 64 pixels are enlarged, so that one can judge them: each
-        pixel becomes a square, without smoothing.
+    images: N x C x H x W in [-1, 1], with C of 1 (grey) or 3 (RGB). In every grid -1 is
+        black and 1 is white, so that grids can be compared; values outside are clipped.
+        Small images are enlarged by a whole factor, without smoothing, to be judged.
     columns: images per row. The last row may be short; its empty places stay black.
     Raises ValueError for another shape, no images or fewer than one column, and OSError
     if the file cannot be written.

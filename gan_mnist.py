@@ -1,33 +1,35 @@
 """A GAN on MNIST: two networks compete until one of them can write digits.
 
 The generator G turns a latent vector z, a list of random numbers, into an image. The
-discriminator D looks at an image and answers with a single number, the logit; sigmoid
-turns it into p, the probability that the image is real. D learns to tell real images
-from G's fakes, and G learns to fool D. G never sees a real image: all that it learns
-comes through the gradient of D.
+discriminator D looks at an image and answers with one number, the logit; sigmoid turns
+it into p, the probability that the image is real. D learns to tell real images from
+G's fakes, and G learns to fool D. G never sees a real image: all that it learns comes
+through the gradient of D.
 
          z -----> G -----> fake --+
                                   +--> D --> logit --> p = sigmoid(logit)
      MNIST --------------> real --+
 
-    loss of D = -log p(real) - log(1 - p(fake))     call real real, and fake fake
-    loss of G = -log p(fake)                        have fakes called real
+    loss_d = -log p(real) - log(1 - p(fake))    low if D calls real real, and fake fake
+    loss_g = -log p(fake)                       low if D calls fake real
 
-Both are binary cross-entropy with logits, and G's is known as the non-saturating loss.
-If D can only guess, p = 0.5, they are 1.39 and 0.69.
+Both are binary cross-entropy with logits; loss_g is known as the non-saturating loss. A
+D that only guesses has p = 0.5, and they are 1.39 and 0.69. In a healthy run they stay
+near that and do not fall, while the grids improve and coverage rises to 0.75. A run has
+failed if coverage stays below 0.1 after the first epochs: G repeats a few images (mode
+collapse) or makes none that resemble digits, often as D is right on nearly all.
 
-TODO healthy, failing
+    python gan_mnist.py --toy --out-dir runs/toy           # 1 min, without a download
+    python gan_mnist.py                                    # 4 min on two CPU cores
+    python gan_mnist.py --model conv --out-dir runs/conv   # 7 min
+    python gan_mnist.py --resume                           # continue the second one
+    python gan_mnist.py --generate 100                     # new images by its generator
 
-    python gan_mnist.py --toy --out-dir runs/toy           # TODO, no download
-    python gan_mnist.py                                    # TODO
-    python gan_mnist.py --model conv --out-dir runs/conv   # TODO
-    python gan_mnist.py --generate 100                     # new images from the first run
-    python gan_mnist.py --resume                           # continue it after a stop
-
-To use a trained generator elsewhere, copy this file and common.py (conv: ConvGenerator):
+To use that generator elsewhere, have this file and common.py beside yours:
 
     generator = MLPGenerator(latent_dim=100)
-    generator.load_state_dict(torch.load("generator.pth", "cpu", weights_only=True))
+    weights = torch.load("generator.pth", map_location="cpu", weights_only=True)
+    generator.load_state_dict(weights)
     images = sample(generator, torch.randn(64, 100))  # 64 x 1 x 28 x 28 in [-1, 1]
 """
 
@@ -94,7 +96,7 @@ class MLPDiscriminator(nn.Sequential):
 
 
 class ConvGenerator(nn.Sequential):
-    """Transposed convolutions: latent vectors N x latent_dim to N x 1 x 28 x 28."""
+    """The same, by transposed convolutions that double height and width."""
 
     def __init__(self, latent_dim=100):
         super().__init__(
@@ -105,9 +107,7 @@ class ConvGenerator(nn.Sequential):
             nn.Unflatten(1, (64, 7, 7)),  # 64 x 7 x 7
             nn.BatchNorm2d(64),
             nn.LeakyReLU(0.2),
-            nn.ConvTranspose2d(
-                64, 32, 4, 2, 1
-            ),  # 32 x 14 x 14: kernel, stride, padding
+            nn.ConvTranspose2d(64, 32, 4, 2, 1),  # 32 x 14 x 14 (kernel, stride, pad)
             nn.BatchNorm2d(32),
             nn.LeakyReLU(0.2),
             nn.ConvTranspose2d(32, 1, 4, 2, 1),  # 1 x 28 x 28
@@ -116,7 +116,7 @@ class ConvGenerator(nn.Sequential):
 
 
 class ConvDiscriminator(nn.Sequential):
-    """Strided convolutions: images N x 1 x 28 x 28 in [-1, 1] to logits N x 1."""
+    """The same, by convolutions that halve height and width."""
 
     def __init__(self):
         super().__init__(
@@ -128,7 +128,7 @@ class ConvDiscriminator(nn.Sequential):
             nn.Flatten(),  # 3136
             nn.Linear(64 * 7 * 7, 256),  # 256
             nn.LeakyReLU(0.2),
-            nn.Dropout(0.3),  # TODO
+            nn.Dropout(0.3),  # in training, D has to do without a random 30 % of them
             nn.Linear(256, 1),  # 1
         )
 
@@ -187,9 +187,8 @@ def r1_penalty(discriminator, real):
     """Returns the mean squared length of D's gradient at the real images, a scalar.
 
     In D's loss it keeps D from growing steep there, where G could not follow (Mescheder
-    et al. 2018). It has a forward pass of its own, in float32: bfloat16 is too coarse.
-    With BatchNorm in D, an image's gradient also has a share of the others' in its batch,
-    and this is not quite R1; it helps all the same.
+    et al. 2018). In float32, as bfloat16 is too coarse. BatchNorm in D gives an image's
+    gradient a share of the others in its batch. It is not quite R1, but it still helps.
     """
     real = real.detach().requires_grad_()
     (grad,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
@@ -217,8 +216,7 @@ def coverage(real, fake):
     """Returns the share of the real images that the fakes cover, in [0, 1].
 
     A real image is covered if a fake is nearer to it than its 5th nearest neighbour in
-    real (Naeem et al. 2020). Both are N x C x H x W, compared pixel by pixel. Near 0, the
-    fakes repeat a few images or resemble nothing. How sharp they are, it cannot see.
+    real (Naeem et al. 2020). Both are N x C x H x W, compared pixel by pixel.
     """
     real = real.flatten(1)
     # The nearest of all real images is the image itself: its 5th neighbour comes 6th.
@@ -287,7 +285,7 @@ def train(args, device, bf16, data, checkpoint):
         row["seconds"] = time.perf_counter() - start
         row["images_per_s"] = steps * args.batch_size / row["seconds"]
         if not math.isfinite(sum(row.values())):
-            raise FloatingPointError("A loss is not finite: add a smaller --lr.")
+            raise FloatingPointError("A loss is not finite: add a smaller --lr")
         history.append(row)
         save_reports(args, history, fakes[:64])
         save_checkpoint(args, modules, history)
@@ -389,8 +387,10 @@ def save_checkpoint(args, modules, history):
 
 def save(content, path):
     """Writes a file atomically: after a kill it is whole, either the old or the new."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(content, file)
+    try:
+        torch.save(content, f"{path}.tmp")
+    except RuntimeError as error:
+        raise OSError(f"{path} could not be written (is the disk full?)") from error
     os.replace(f"{path}.tmp", path)
 
 
@@ -553,18 +553,19 @@ def has_bfloat16(device):
 
 def explain(error, args):
     """Returns what to tell the user of an error that is no bug; raises a bug again."""
-    reason = str(error) or "Stopped."
+    reason = str(error) or "Stopped"
     if "memory" in reason:
-        reason = f"Out of memory: add --batch-size {args.batch_size // 2}."
+        reason = f"Out of memory: add --batch-size {args.batch_size // 2}"
     elif "state_dict" in reason:
-        reason = "The networks in this script do not fit the checkpoint (edited?)."
+        reason = "The networks in this script do not fit the checkpoint (edited?)"
     elif isinstance(error, FileExistsError):
-        reason = f"{error.filename} exists: rename or delete it first."
+        reason = f"{error.filename} exists: rename or delete it first"
     elif not isinstance(error, (KeyboardInterrupt, OSError, FloatingPointError)):
         raise error
     if Path(f"{args.out_dir}/models/checkpoint.pth").exists() and not args.generate:
-        command = f'python {sys.argv[0]} --resume --out-dir "{args.out_dir}"'
-        reason += f" To continue from the last saved epoch:\n{command}"
+        reason += (
+            f'. To resume: python {sys.argv[0]} --resume --out-dir "{args.out_dir}"'
+        )
     return f"\n{reason}"
 
 
