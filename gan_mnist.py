@@ -10,26 +10,26 @@ through the gradient of D.
                                   +--> D --> logit --> p = sigmoid(logit)
      MNIST --------------> real --+
 
-    loss_d = -log p(real) - log(1 - p(fake))    low if D calls real real, and fake fake
-    loss_g = -log p(fake)                       low if D calls fake real
+    loss_d = -log p(real) - log(1 - p(fake))    low if D is right on both
+    loss_g = -log p(fake)                       low if D takes fakes for real
 
-Both are binary cross-entropy with logits; loss_g is known as the non-saturating loss. A
-D that only guesses has p = 0.5, and they are 1.39 and 0.69. In a healthy run they stay
-near that and do not fall, while the grids improve and coverage rises to 0.75. A run has
-failed if coverage stays below 0.1 after the first epochs: G repeats a few images (mode
-collapse) or makes none that resemble digits, often as D is right on nearly all.
+Each logarithm is a binary cross-entropy with logits; loss_g is the non-saturating loss.
+Where D can only guess, p = 0.5, they are 1.39 and 0.69. A healthy run stays near that:
+look at the grids, and at coverage, which rises to TODO (real test digits: TODO). If D
+wins, loss_d falls to 0 and loss_g rises, with acc_real and acc_fake near 1. In mode
+collapse G repeats a few images. In both, coverage is near 0 after the first epochs.
 
     python gan_mnist.py --toy --out-dir runs/toy           # 1 min, without a download
     python gan_mnist.py                                    # 4 min on two CPU cores
     python gan_mnist.py --model conv --out-dir runs/conv   # 7 min
-    python gan_mnist.py --resume                           # continue the second one
+    python gan_mnist.py --resume                           # continue runs/gan_mnist
     python gan_mnist.py --generate 100                     # new images by its generator
 
-To use that generator elsewhere, have this file and common.py beside yours:
+In another project, with this file, common.py and runs/gan_mnist/models/generator.pth:
 
+    from gan_mnist import MLPGenerator, sample  # ConvGenerator after --model conv
     generator = MLPGenerator(latent_dim=100)
-    weights = torch.load("generator.pth", map_location="cpu", weights_only=True)
-    generator.load_state_dict(weights)
+    generator.load_state_dict(torch.load("generator.pth", "cpu", weights_only=True))
     images = sample(generator, torch.randn(64, 100))  # 64 x 1 x 28 x 28 in [-1, 1]
 """
 
@@ -54,11 +54,11 @@ from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 
 from common import init_weights, save_grid
 
-R1_WEIGHT = 0.25  # of the R1 penalty in D's loss
-R1_INTERVAL = 16  # steps from one R1 penalty to the next
+R1_INTERVAL = 16  # the R1 penalty (see below) is taken at every 16th step only,
+R1_WEIGHT = 4.0  # and with 16 times the weight of 0.25 that it would have at each
 AVERAGE_DECAY = 0.998  # the averaged generator looks back over some 500 steps
 
-# ---- networks ------------------------------------------------------------------------
+# ---- networks (the comments are output shapes, without the batch's N) ----------------
 
 
 class MLPGenerator(nn.Sequential):
@@ -96,7 +96,7 @@ class MLPDiscriminator(nn.Sequential):
 
 
 class ConvGenerator(nn.Sequential):
-    """The same, by transposed convolutions that double height and width."""
+    """Like MLPGenerator, by transposed convolutions that double height and width."""
 
     def __init__(self, latent_dim=100):
         super().__init__(
@@ -116,7 +116,7 @@ class ConvGenerator(nn.Sequential):
 
 
 class ConvDiscriminator(nn.Sequential):
-    """The same, by convolutions that halve height and width."""
+    """Like MLPDiscriminator, by convolutions that halve height and width."""
 
     def __init__(self):
         super().__init__(
@@ -128,7 +128,9 @@ class ConvDiscriminator(nn.Sequential):
             nn.Flatten(),  # 3136
             nn.Linear(64 * 7 * 7, 256),  # 256
             nn.LeakyReLU(0.2),
-            nn.Dropout(0.3),  # in training, D has to do without a random 30 % of them
+            nn.Dropout(
+                0.1
+            ),  # hides 10 % of the 256 from D in training, so that it relies
             nn.Linear(256, 1),  # 1
         )
 
@@ -140,15 +142,15 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     """Updates D once, then G once, and returns a dict of scalar tensors.
 
     real: images N x 1 x 28 x 28 in [-1, 1]; z: latent vectors N x latent_dim.
-    r1: weight of the R1 penalty in D's loss; bf16: use bfloat16 mixed precision.
+    Two extras: r1, the weight of the R1 penalty, and bf16, for faster bfloat16 layers.
     """
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
 
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z)
-        # Real and fake go through D apart. BatchNorm compares an image with the others
-        # in its batch, and in (2) all of them are fake: D must see fakes the same way.
+        # Apart, as BatchNorm normalises an image by its whole batch: in (2) that is all
+        # fake, and D must learn here to judge fakes as they are normalised there.
         real_logits = discriminator(real).float()
         # detach() keeps D's loss from sending gradients into G. G's graph stays whole:
         # (2) sends G's loss through it, so the fakes are made only once.
@@ -161,10 +163,10 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
         (r1 * r1_penalty(discriminator, real)).backward()  # adds to loss_d's gradients
     opt_d.step()
 
-    # (2) Update G: minimise -log p(fake). Its derivative by the logit is p - 1: large
-    # where D spots the fakes (p near 0). log(1 - p(fake)), the exact opposite of D's
-    # aim, has -p: almost 0 just there, so that a losing G would learn nothing.
-    discriminator.requires_grad_(False)  # D's own gradients would only be thrown away
+    # (2) Update G: minimise -log p(fake). Its derivative by the logit is p - 1, near -1
+    # where D spots the fakes (p near 0). That of log(1 - p(fake)), the opposite of D's
+    # aim, is -p: near 0 there. It saturates, and a losing G would learn nothing.
+    discriminator.requires_grad_(False)  # not its turn; gradients still pass on to G
     with autocast:
         new_fake_logits = discriminator(fake).float()  # D has changed since (1)
     loss_g = -logsigmoid(new_fake_logits).mean()
@@ -177,20 +179,20 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     return {
         "loss_d": loss_d.detach(),
         "loss_g": loss_g.detach(),
-        "acc_real": (real_logits > 0).float().mean(),
-        "acc_fake": (fake_logits < 0).float().mean(),
-        "fool_rate": (new_fake_logits > 0).float().mean(),
+        "acc_real": (real_logits > 0).float().mean(),  # share with p > 0.5
+        "acc_fake": (fake_logits < 0).float().mean(),  # share with p < 0.5
+        "fool_rate": (new_fake_logits > 0).float().mean(),  # by the updated D
     }
 
 
 def r1_penalty(discriminator, real):
-    """Returns the mean squared length of D's gradient at the real images, a scalar.
+    """Returns the mean squared length of the gradient of D's logit by a real image.
 
-    In D's loss it keeps D from growing steep there, where G could not follow (Mescheder
-    et al. 2018). In float32, as bfloat16 is too coarse. BatchNorm in D gives an image's
-    gradient a share of the others in its batch. It is not quite R1, but it still helps.
+    In D's loss it flattens D around real images; a steep D would drive G past them over
+    and over (Mescheder et al. 2018). In float32, since bfloat16 is too coarse for it.
+    With BatchNorm in D it is only nearly R1: there a logit depends on the whole batch.
     """
-    real = real.detach().requires_grad_()
+    real = real[::2].requires_grad_()  # half of the batch, to save time
     (grad,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
     return grad.square().sum() / len(real)
 
@@ -199,15 +201,13 @@ def r1_penalty(discriminator, real):
 def update_average(average, generator, step):
     """Moves the averaged generator a little towards the generator; step counts from 1.
 
-    As G and D react to each other, their weights oscillate around an equilibrium. The
-    average is nearer to it, and its images are better (Yazici et al. 2019).
+    As G and D react to each other, their weights tend to oscillate. Their average is
+    closer to the equilibrium, and gives better images (Yazici et al. 2019).
     """
-    decay = min(
-        AVERAGE_DECAY, step / (step + 9)
-    )  # lower at first: early weights are bad
+    decay = min(AVERAGE_DECAY, step / (step + 9))  # soon forgets the untrained weights
     new = generator.state_dict()
-    for name, value in average.state_dict().items():  # BatchNorm's statistics, too
-        if value.is_floating_point():
+    for name, value in average.state_dict().items():  # the tensors, not copies
+        if value.is_floating_point():  # not BatchNorm's counter
             value.lerp_(new[name], 1 - decay)
 
 
@@ -221,17 +221,17 @@ def coverage(real, fake):
     real = real.flatten(1)
     # The nearest of all real images is the image itself: its 5th neighbour comes 6th.
     radius = torch.cdist(real, real).kthvalue(min(6, len(real))).values
-    covered = torch.cdist(real, fake.flatten(1)).amin(1) < radius
-    return covered.float().mean().item()
+    return (torch.cdist(real, fake.flatten(1)).amin(1) < radius).float().mean().item()
 
 
 def train(args, device, bf16, data, checkpoint):
     """Trains on data, uint8 N x 1 x 28 x 28, and writes all results to args.out_dir.
 
-    checkpoint: of the run to resume, or None. Raises FloatingPointError and OSError.
+    checkpoint: of the run to resume, or empty. Raises FloatingPointError and OSError.
     """
     torch.manual_seed(args.seed)
-    fixed_z = torch.randn(1000, args.latent_dim)  # the same z for every epoch's images
+    real_images = data[:1000] / 127.5 - 1
+    fixed_z = torch.randn(len(real_images), args.latent_dim)  # for all epochs
     generator = NETWORKS[args.model][0](args.latent_dim).apply(init_weights).to(device)
     discriminator = NETWORKS[args.model][1]().apply(init_weights).to(device)
     average = copy.deepcopy(generator)
@@ -244,48 +244,46 @@ def train(args, device, bf16, data, checkpoint):
         "opt_g": opt_g,
         "opt_d": opt_d,
     }
-    history = checkpoint["history"] if checkpoint else []
+    history = checkpoint.get("history", [])
     if checkpoint:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
-    real_images = data[:1000] / 127.5 - 1
     if not history:
         save_checkpoint(args, modules, history)
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
         save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
 
-    # An epoch's last, short batch is left out: BatchNorm's statistics need a full one.
-    steps = len(data) // args.batch_size
-    step = len(history) * steps
+    epoch_steps = len(data) // args.batch_size  # without the last, shorter batch
+    step = len(history) * epoch_steps
     data = data.to(device)
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
-        torch.manual_seed(args.seed * 10_000 + epoch)  # the same in a resumed run
+        torch.manual_seed(args.seed * 10_000 + epoch)  # a resumed run draws the same
         results = []
         order = torch.randperm(len(data), device=device)
-        for batch in order.split(args.batch_size)[:steps]:
-            lr = args.lr * (1 - step / (args.epochs * steps))  # falls linearly to 0
+        for indices in order.split(args.batch_size)[:epoch_steps]:
+            lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # falls to 0
             opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
-            # R1 costs time: every 16th step, 16-fold, is as good (Karras et al. 2020).
-            r1 = 0.0 if step % R1_INTERVAL else R1_WEIGHT * R1_INTERVAL
-            real = data[batch] / 127.5 - 1  # to [-1, 1], like the generator's images
+            # R1 is slow, and less often but stronger does as well (Karras et al. 2020).
+            r1 = R1_WEIGHT if step % R1_INTERVAL == 0 else 0.0
+            real = data[indices] / 127.5 - 1  # to [-1, 1], like the generator's images
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
             results.append(
                 train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16)
             )
             step += 1
             update_average(average, generator, step)
-            show_progress(args, step, steps, start)
+            show_progress(args, step, epoch_steps, start)
 
         fakes = sample(average, fixed_z)
         row = {"epoch": epoch}
         for name in results[0]:
-            row[name] = torch.stack([result[name] for result in results]).mean().item()
+            row[name] = sum(result[name] for result in results).item() / epoch_steps
         row["coverage"] = coverage(real_images, fakes)
         row["seconds"] = time.perf_counter() - start
-        row["images_per_s"] = steps * args.batch_size / row["seconds"]
+        row["images_per_s"] = epoch_steps * args.batch_size / row["seconds"]
         if not math.isfinite(sum(row.values())):
-            raise FloatingPointError("A loss is not finite: add a smaller --lr")
+            raise FloatingPointError("A loss is not finite: try a smaller --lr")
         history.append(row)
         save_reports(args, history, fakes[:64])
         save_checkpoint(args, modules, history)
@@ -299,8 +297,8 @@ def train(args, device, bf16, data, checkpoint):
 def sample(generator, z):
     """Returns images N x 1 x 28 x 28 in [-1, 1], on the CPU, for z of N x latent_dim.
 
-    Meanwhile the generator is in evaluation mode, where BatchNorm uses its running
-    statistics. In training mode an image would depend on the others in its batch.
+    In evaluation mode BatchNorm uses its running statistics; in training mode an image
+    would depend on the others in its batch. Afterwards the mode is as it was.
     """
     was_training = generator.training
     generator.eval()
@@ -314,17 +312,17 @@ def generate(args, device, checkpoint):
     generator = NETWORKS[args.model][0](args.latent_dim).to(device)
     generator.load_state_dict(checkpoint["average"])
     folder = f"{args.out_dir}/generated"
-    os.mkdir(folder)  # fails if it exists: nothing is overwritten
-    torch.manual_seed(args.seed)
-    for i, z in enumerate(torch.randn(args.generate, 1, args.latent_dim)):
-        ToPILImage()((sample(generator, z)[0] + 1) / 2).save(f"{folder}/{i:05d}.png")
+    os.mkdir(folder)  # FileExistsError if it is there
+    torch.manual_seed(args.seed + 1)  # not the z of training's grids
     save_grid(sample(generator, torch.randn(64, args.latent_dim)), f"{folder}_grid.png")
-    # Each row of the walk leads from one z to another along a quarter circle. On it all
-    # are as far from 0 as the z of training; a straight line would come too near.
+    # Each row goes from one z to another along a quarter circle. All z on it are normally
+    # distributed, as in training; on a straight line they would be too near 0.
     z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
-    angle = torch.linspace(0, math.pi / 2, 10)[:, None]
+    angle = torch.linspace(0, math.pi / 2, 10)[:, None]  # 8 x 10 z: rows and columns
     walk = sample(generator, (z1 * angle.cos() + z2 * angle.sin()).flatten(0, 1))
     save_grid(walk, f"{args.out_dir}/latent_walk.png", columns=10)
+    for i, z in enumerate(torch.randn(args.generate, 1, args.latent_dim)):
+        ToPILImage()((sample(generator, z)[0] + 1) / 2).save(f"{folder}/{i:05d}.png")
 
 
 # ---- from here on, nothing is about GANs: data, files, flags and main ----------------
@@ -342,7 +340,7 @@ def load_data(args):
     socket.setdefaulttimeout(60)  # a server that is silent for a minute will not answer
     try:
         data = MNIST(args.data_dir, train=True, download=True).data
-        if not data.any():
+        if not data.any():  # a damaged file
             raise ValueError("all pixels are 0")
         return data[: args.limit, None]
     except Exception as error:  # torchvision raises many kinds
@@ -373,9 +371,9 @@ def draw_digits(count):
 
 def save_checkpoint(args, modules, history):
     """Writes models/: the checkpoint, and both networks by themselves for later use."""
-    machine = ("out_dir", "data_dir", "device", "resume", "generate")
+    not_saved = ("out_dir", "data_dir", "device", "resume", "generate")
     settings = {
-        name: value for name, value in vars(args).items() if name not in machine
+        name: value for name, value in vars(args).items() if name not in not_saved
     }
     checkpoint = {"settings": settings, "history": history}
     for name, module in modules.items():
@@ -452,7 +450,7 @@ def plot_history(history, path):
 
 
 def save_gif(args):
-    """Writes progress.gif from the grids of all epochs. An error is only printed."""
+    """Writes progress.gif from the saved grids. An error is only printed."""
     try:
         files = sorted(Path(f"{args.out_dir}/images").glob("epoch_*.png"))
         frames = [Image.open(file).convert("L") for file in files]
@@ -468,19 +466,20 @@ def save_gif(args):
         print(f"Warning: {error}. progress.gif is missing or old.")
 
 
-def show_progress(args, step, steps, start):
+def show_progress(args, step, epoch_steps, start):
     """Rewrites the last line of a terminal."""
     if sys.stdout.isatty():
-        speed = (step % steps or steps) / (time.perf_counter() - start)
+        speed = (step % epoch_steps or epoch_steps) / (time.perf_counter() - start)
         print(
-            f"step {step}/{args.epochs * steps}  {speed:.1f} steps/s ",
-            f"{(args.epochs * steps - step) / speed:.0f} s left    ",
+            f"step {step}/{args.epochs * epoch_steps}  {speed:.1f} steps/s ",
+            f"{(args.epochs * epoch_steps - step) / speed:.0f} s left   ",
             end="\r",
             flush=True,
         )
 
 
 def print_epoch(args, row):
+    """Prints an epoch's numbers, and a warning if hardly any real image is covered."""
     line = (
         "epoch {epoch}/{epochs}  loss_d {loss_d:.3f}  loss_g {loss_g:.3f}  "
         "acc_real {acc_real:.2f}  acc_fake {acc_fake:.2f}  fool_rate {fool_rate:.2f}  "
@@ -506,7 +505,11 @@ def parse_args(**settings):
     flag("--latent-dim", type=count, default=100, help="latent dimension (%(default)s)")
     flag("--sample-every", type=count, default=1, help="epochs per grid (%(default)s)")
     flag("--data-dir", default="data", help="where MNIST is or goes (%(default)s)")
-    flag("--out-dir", default=f"runs/{Path(__file__).stem}", help="(%(default)s)")
+    flag(
+        "--out-dir",
+        default=f"runs/{Path(__file__).stem}",
+        help="of the run (%(default)s)",
+    )
     flag("--limit", type=count, help="use only the first N images (all)")
     flag("--toy", action="store_true", help="learn synthetic digits, with no download")
     flag("--seed", type=int, default=0, help="random seed (%(default)s)")
@@ -524,7 +527,7 @@ def parse_args(**settings):
 
 
 def count(text):
-    """Returns a flag's text as a number; argparse shows the user the ValueError."""
+    """Returns a flag's text as a whole number from 1 up."""
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -539,7 +542,7 @@ def choose_device(name):
     except Exception as error:  # torch raises many kinds
         if name:
             sys.exit(f"--device {name} cannot be used: {error}")
-        print(f"{device} cannot be used, so the CPU is: {error}")
+        print(f"Using the CPU, as {device} cannot be used: {error}")
         return torch.device("cpu")
 
 
@@ -547,14 +550,14 @@ def has_bfloat16(device):
     """Tells whether the device has bfloat16 in hardware; without, float32 is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # from torch 2.11 on
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # {} before torch 2.11
     return device.type == "cpu" and capabilities().get("avx512_bf16", False)
 
 
 def explain(error, args):
     """Returns what to tell the user of an error that is no bug; raises a bug again."""
     reason = str(error) or "Stopped"
-    if "memory" in reason:
+    if "to allocate" in reason:
         reason = f"Out of memory: add --batch-size {args.batch_size // 2}"
     elif "state_dict" in reason:
         reason = "The networks in this script do not fit the checkpoint (edited?)"
@@ -563,19 +566,17 @@ def explain(error, args):
     elif not isinstance(error, (KeyboardInterrupt, OSError, FloatingPointError)):
         raise error
     if Path(f"{args.out_dir}/models/checkpoint.pth").exists() and not args.generate:
-        reason += (
-            f'. To resume: python {sys.argv[0]} --resume --out-dir "{args.out_dir}"'
-        )
+        reason += f'. Resume: python {sys.argv[0]} --resume --out-dir "{args.out_dir}"'
     return f"\n{reason}"
 
 
 def main():
     args = parse_args()
-    checkpoint = None
+    checkpoint = {}
     if args.resume or args.generate:
         checkpoint, args = load_checkpoint(f"{args.out_dir}/models/checkpoint.pth")
     elif any(Path(args.out_dir).rglob("*.p[nt]*")):  # .png and .pth
-        sys.exit(f"{args.out_dir} is not empty: add --resume, or another --out-dir.")
+        sys.exit(f"{args.out_dir} holds a run: add --resume, or another --out-dir.")
     device = choose_device(args.device)
     bf16 = has_bfloat16(device) if args.bf16 is None else args.bf16
     try:
