@@ -1,10 +1,10 @@
 """A GAN on MNIST: two networks compete until one of them can write digits.
 
-The generator G turns a latent vector z, a list of random numbers, into an image. The
-discriminator D looks at an image and answers with one number, the logit; sigmoid turns
-it into p, the probability that the image is real. D learns to tell real images from
-G's fakes, and G learns to fool D. G never sees a real image: all that it learns comes
-through the gradient of D.
+The generator G turns a latent vector z, a list of normally distributed numbers, into
+an image. The discriminator D looks at an image and answers with one number, the logit;
+sigmoid turns it into p, D's estimate of the probability that the image is real. D is
+to tell real images from G's fakes, and G is to fool D. G never sees a real image: all
+that it learns comes through D, as the gradient of the logit.
 
          z -----> G -----> fake --+
                                   +--> D --> logit --> p = sigmoid(logit)
@@ -13,11 +13,12 @@ through the gradient of D.
     loss_d = -log p(real) - log(1 - p(fake))    low if D is right on both
     loss_g = -log p(fake)                       low if D takes fakes for real
 
-Each logarithm is a binary cross-entropy with logits; loss_g is the non-saturating loss.
-Where D can only guess, p = 0.5, they are 1.39 and 0.69. A healthy run stays near that:
-look at the grids, and at coverage, which rises to 0.9 (other real digits: 0.85). If D
-wins, loss_d falls to 0 and loss_g rises, with acc_real and acc_fake near 1. In mode
-collapse G repeats a few images. Either way, coverage stays near 0.
+Each -log is a binary cross-entropy with logits; loss_g is the non-saturating loss. If D
+only guesses, p = 0.5 and they are 1.39 and 0.69. A healthy run stays near that, because
+both improve. Progress shows in the grids and in coverage, the share of real images with
+a fake close by: it rises to 0.9 (for other real digits, 0.85). If D wins, loss_d falls
+to 0 and loss_g rises, with acc_real and acc_fake near 1. In mode collapse G repeats a
+few images. In both, coverage stays near 0. If only some digits are missing, it is low.
 
     python gan_mnist.py --toy --out-dir runs/toy           # 1 min, without a download
     python gan_mnist.py                                    # 4 min on two CPU cores
@@ -27,10 +28,10 @@ collapse G repeats a few images. Either way, coverage stays near 0.
 
 In another project, with this file, common.py and runs/gan_mnist/models/generator.pth:
 
-    from gan_mnist import MLPGenerator, sample  # ConvGenerator after --model conv
-    generator = MLPGenerator(latent_dim=100)
+    import gan_mnist, torch
+    generator = gan_mnist.MLPGenerator(latent_dim=100)  # ConvGenerator for --model conv
     generator.load_state_dict(torch.load("generator.pth", "cpu", weights_only=True))
-    images = sample(generator, torch.randn(64, 100))  # 64 x 1 x 28 x 28 in [-1, 1]
+    images = gan_mnist.sample(generator, torch.randn(64, 100))  # 64 x 1 x 28 x 28
 """
 
 import argparse
@@ -54,8 +55,8 @@ from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 
 from common import init_weights, save_grid
 
-R1_INTERVAL = 16  # the R1 penalty (see below) is taken at every 16th step only,
-R1_WEIGHT = 4.0  # and with 16 times the weight of 0.25 that it would have at each
+R1_INTERVAL = 16  # every 16th step, D's loss gets the R1 penalty (see r1_penalty)
+R1_WEIGHT = 4.0  # with this weight: 16 x 0.25, to make up for the steps without it
 AVERAGE_DECAY = 0.998  # the averaged generator looks back over some 500 steps
 
 # ---- networks (the comments are output shapes, without the batch's N) ----------------
@@ -128,7 +129,7 @@ class ConvDiscriminator(nn.Sequential):
             nn.Flatten(),  # 3136
             nn.Linear(64 * 7 * 7, 256),  # 256
             nn.LeakyReLU(0.2),
-            nn.Dropout(0.1),  # in training, hides a random tenth of the 256 from D
+            nn.Dropout(0.1),  # zeroes 10 % of the 256: D must not rely on a few
             nn.Linear(256, 1),  # 1
         )
 
@@ -140,31 +141,32 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     """Updates D once, then G once, and returns a dict of scalar tensors.
 
     real: images N x 1 x 28 x 28 in [-1, 1]; z: latent vectors N x latent_dim.
-    Two extras: r1, the weight of the R1 penalty, and bf16, for faster bfloat16 layers.
+    Skip two extras at first: r1, the weight of the R1 penalty, and bf16, where autocast
+    runs layers in fast, coarse bfloat16; .float() takes the logits back for the losses.
     """
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
 
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z)
-        # Apart, as BatchNorm normalises an image by its whole batch: in (2) that is all
-        # fake, and D must learn here to judge fakes as they are normalised there.
+        # In two batches, as BatchNorm (in ConvDiscriminator) normalises an image by its
+        # batch: in (2) that is all fake, and D must see fakes normalised the same way.
         real_logits = discriminator(real).float()
-        # detach() keeps D's loss from sending gradients into G. G's graph stays whole:
-        # (2) sends G's loss through it, so the fakes are made only once.
+        # detach() cuts G off: else loss_d.backward() would run on into G, and free the
+        # graph that (2) needs to send loss_g through the same fakes.
         fake_logits = discriminator(fake.detach()).float()
     # As 1 - sigmoid(x) = sigmoid(-x), log(1 - p(fake)) is logsigmoid(-fake_logits).
     loss_d = -logsigmoid(real_logits).mean() - logsigmoid(-fake_logits).mean()
     opt_d.zero_grad()
     loss_d.backward()
     if r1:
-        (r1 * r1_penalty(discriminator, real)).backward()  # adds to loss_d's gradients
+        (r1 * r1_penalty(discriminator, real)).backward()  # adds to D's gradients
     opt_d.step()
 
-    # (2) Update G: minimise -log p(fake). Its derivative by the logit is p - 1, near -1
-    # where D spots the fakes (p near 0). That of log(1 - p(fake)), the opposite of D's
-    # aim, is -p: near 0 there. It saturates, and a losing G would learn nothing.
-    discriminator.requires_grad_(False)  # not its turn; gradients still pass on to G
+    # (2) Update G: minimise -log p(fake). Why not log(1 - p(fake)), the reverse of D's
+    # term? Where D spots fakes (p near 0), its slope in the logit, -p, is near 0: it
+    # saturates, and a losing G learns nothing. That of -log p is p - 1, near -1 there.
+    discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
         new_fake_logits = discriminator(fake).float()  # D has changed since (1)
     loss_g = -logsigmoid(new_fake_logits).mean()
@@ -186,11 +188,12 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
 def r1_penalty(discriminator, real):
     """Returns the mean squared length of the gradient of D's logit by a real image.
 
-    In D's loss it flattens D around real images; a steep D would drive G past them over
-    and over (Mescheder et al. 2018). In float32, since bfloat16 is too coarse for it.
+    In D's loss it flattens D around real images: where D is steep, G overshoots them
+    again and again (Mescheder et al. 2018). In float32: bfloat16 is too coarse for it.
     With BatchNorm in D it is only nearly R1: there a logit depends on the whole batch.
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
+    # The gradient of the sum has each image's own; create_graph, to differentiate it.
     (grad,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
     return grad.square().sum() / len(real)
 
@@ -213,8 +216,8 @@ def update_average(average, generator, step):
 def coverage(real, fake):
     """Returns the share of the real images that the fakes cover, in [0, 1].
 
-    A real image is covered if a fake is nearer to it than its 5th nearest neighbour in
-    real (Naeem et al. 2020). Both are N x C x H x W, compared pixel by pixel.
+    A real image is covered if a fake is closer to it than its own 5th nearest real one
+    (Naeem et al. 2020). Both are N x C x H x W, compared by pixels: that flatters blur.
     """
     real = real.flatten(1)
     # The nearest of all real images is the image itself: its 5th neighbour comes 6th.
@@ -225,7 +228,7 @@ def coverage(real, fake):
 def train(args, device, bf16, data, checkpoint):
     """Trains on data, uint8 N x 1 x 28 x 28, and writes all results to args.out_dir.
 
-    checkpoint: of the run to resume, or empty. Raises FloatingPointError and OSError.
+    checkpoint: dict of a run to resume, or {}. Raises FloatingPointError and OSError.
     """
     torch.manual_seed(args.seed)
     real_images = data[:1000] / 127.5 - 1
@@ -256,13 +259,13 @@ def train(args, device, bf16, data, checkpoint):
     data = data.to(device)
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
-        torch.manual_seed(args.seed * 10_000 + epoch)  # a resumed run draws the same
+        torch.manual_seed(args.seed * 10_000 + epoch)  # the same with or without a stop
         results = []
         order = torch.randperm(len(data), device=device)
         for indices in order.split(args.batch_size)[:epoch_steps]:
-            lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # falls to 0
+            lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
             opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
-            # R1 is slow, and less often but stronger does as well (Karras et al. 2020).
+            # R1 is slow; rarer but stronger, it works as well (Karras et al. 2020).
             r1 = R1_WEIGHT if step % R1_INTERVAL == 0 else 0.0
             real = data[indices] / 127.5 - 1  # to [-1, 1], like the generator's images
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
@@ -316,7 +319,7 @@ def generate(args, device, checkpoint):
     # Each row goes from one z to another along a quarter circle, where every z is drawn
     # like those of training; on a straight line they would come too near 0.
     z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
-    angle = torch.linspace(0, math.pi / 2, 10)[:, None]  # 8 x 10 z: rows and columns
+    angle = torch.linspace(0, math.pi / 2, 10)[:, None]
     walk = sample(generator, (z1 * angle.cos() + z2 * angle.sin()).flatten(0, 1))
     save_grid(walk, f"{args.out_dir}/latent_walk.png", columns=10)
     for i, z in enumerate(torch.randn(args.generate, 1, args.latent_dim)):
