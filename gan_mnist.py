@@ -11,14 +11,14 @@ that it learns comes through D, as the gradient of the logit.
      MNIST --------------> real --+
 
     loss_d = -log p(real) - log(1 - p(fake))    low if D is right on both
-    loss_g = -log p(fake)                       low if D takes fakes for real
+    loss_g = -log p(fake)                       low if D is fooled (non-saturating loss)
 
-Each -log is a binary cross-entropy with logits; loss_g is the non-saturating loss. If D
-only guesses, p = 0.5 and they are 1.39 and 0.69. A healthy run stays near that, because
-both improve. Progress shows in the grids and in coverage, the share of real images with
-a fake close by: it rises to 0.9 (for other real digits, 0.85). If D wins, loss_d falls
-to 0 and loss_g rises, with acc_real and acc_fake near 1. In mode collapse G repeats a
-few images. In both, coverage stays near 0. If only some digits are missing, it is low.
+Each -log is a binary cross-entropy with logits. If D only guesses, p is 0.5 and they
+are 1.39 and 0.69. A healthy run stays near that, as neither network gets ahead; its
+progress shows in the grids and in coverage, the share of real images with a fake close
+by. It rises to 0.9 (real digits as fakes have 0.85, or 0.51 if none is above 3). If D
+wins, loss_d falls to 0, loss_g rises, and D's accuracies acc_real and acc_fake near 1.
+In mode collapse G repeats a few images. In both cases coverage is near 0.
 
     python gan_mnist.py --toy --out-dir runs/toy           # 1 min, without a download
     python gan_mnist.py                                    # 4 min on two CPU cores
@@ -55,9 +55,9 @@ from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 
 from common import init_weights, save_grid
 
-R1_INTERVAL = 16  # every 16th step, D's loss gets the R1 penalty (see r1_penalty)
-R1_WEIGHT = 4.0  # with this weight: 16 x 0.25, to make up for the steps without it
-AVERAGE_DECAY = 0.998  # the averaged generator looks back over some 500 steps
+R1_INTERVAL = 16  # D gets the R1 penalty (see r1_penalty) at every 16th step,
+R1_WEIGHT = 4.0  # with a weight of 0.25, times 16 for the steps without it
+AVERAGE_DECAY = 0.998  # the averaged generator looks back over at most 500 steps
 
 # ---- networks (the comments are output shapes, without the batch's N) ----------------
 
@@ -68,8 +68,8 @@ class MLPGenerator(nn.Sequential):
     def __init__(self, latent_dim=100):
         super().__init__(
             nn.Linear(latent_dim, 256),  # 256
-            nn.BatchNorm1d(256),
-            nn.LeakyReLU(0.2),
+            nn.BatchNorm1d(256),  # over the batch; steadies training
+            nn.LeakyReLU(0.2),  # slope 0.2 below 0: gradients always get through
             nn.Linear(256, 512),  # 512
             nn.BatchNorm1d(512),
             nn.LeakyReLU(0.2),
@@ -134,6 +134,9 @@ class ConvDiscriminator(nn.Sequential):
         )
 
 
+GENERATORS = {"mlp": MLPGenerator, "conv": ConvGenerator}
+DISCRIMINATORS = {"mlp": MLPDiscriminator, "conv": ConvDiscriminator}
+
 # ---- training ------------------------------------------------------------------------
 
 
@@ -142,15 +145,14 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
 
     real: images N x 1 x 28 x 28 in [-1, 1]; z: latent vectors N x latent_dim.
     Skip two extras at first: r1, the weight of the R1 penalty, and bf16, where autocast
-    runs layers in fast, coarse bfloat16; .float() takes the logits back for the losses.
+    runs layers in fast, coarse bfloat16 and .float() returns the logits to float32.
     """
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
-
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z)
-        # In two batches, as BatchNorm (in ConvDiscriminator) normalises an image by its
-        # batch: in (2) that is all fake, and D must see fakes normalised the same way.
+        # Two separate batches: BatchNorm (in ConvDiscriminator) normalises an image by
+        # its batch. In (2) that is all fake, and D must see fakes in the same way here.
         real_logits = discriminator(real).float()
         # detach() cuts G off: else loss_d.backward() would run on into G, and free the
         # graph that (2) needs to send loss_g through the same fakes.
@@ -163,9 +165,9 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
         (r1 * r1_penalty(discriminator, real)).backward()  # adds to D's gradients
     opt_d.step()
 
-    # (2) Update G: minimise -log p(fake). Why not log(1 - p(fake)), the reverse of D's
-    # term? Where D spots fakes (p near 0), its slope in the logit, -p, is near 0: it
-    # saturates, and a losing G learns nothing. That of -log p is p - 1, near -1 there.
+    # (2) Update G: minimise -log p(fake). Why not log(1 - p(fake)), D's term negated?
+    # If D spots fakes, p is near 0, and so is the slope of log(1 - p) in the logit, -p:
+    # a losing G would learn nothing (it saturates). -log p has slope p - 1, near -1.
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
         new_fake_logits = discriminator(fake).float()  # D has changed since (1)
@@ -177,7 +179,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
 
     # As tensors, without .item(), which would make the CPU wait for the GPU every step.
     return {
-        "loss_d": loss_d.detach(),
+        "loss_d": loss_d.detach(),  # without R1
         "loss_g": loss_g.detach(),
         "acc_real": (real_logits > 0).float().mean(),  # share with p > 0.5
         "acc_fake": (fake_logits < 0).float().mean(),  # share with p < 0.5
@@ -186,14 +188,14 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
 
 
 def r1_penalty(discriminator, real):
-    """Returns the mean squared length of the gradient of D's logit by a real image.
+    """Returns the mean of |d logit / d image|^2 over real images, a scalar.
 
     In D's loss it flattens D around real images: where D is steep, G overshoots them
     again and again (Mescheder et al. 2018). In float32: bfloat16 is too coarse for it.
     With BatchNorm in D it is only nearly R1: there a logit depends on the whole batch.
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
-    # The gradient of the sum has each image's own; create_graph, to differentiate it.
+    # d sum / d image i = d logit i / d image i; create_graph, to backward() through it.
     (grad,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
     return grad.square().sum() / len(real)
 
@@ -234,9 +236,10 @@ def train(args, device, bf16, data, checkpoint):
     torch.manual_seed(args.seed)
     real_images = data[:1000] / 127.5 - 1
     fixed_z = torch.randn(len(real_images), args.latent_dim)  # for all epochs
-    generator = NETWORKS[args.model][0](args.latent_dim).apply(init_weights).to(device)
-    discriminator = NETWORKS[args.model][1]().apply(init_weights).to(device)
+    generator = GENERATORS[args.model](args.latent_dim).apply(init_weights).to(device)
+    discriminator = DISCRIMINATORS[args.model]().apply(init_weights).to(device)
     average = copy.deepcopy(generator)
+    # beta1 is 0.5, not 0.9: older gradients mislead, as the opponent has moved since.
     opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     modules = {
@@ -247,9 +250,8 @@ def train(args, device, bf16, data, checkpoint):
         "opt_d": opt_d,
     }
     history = checkpoint.get("history", [])
-    if checkpoint:
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
+    for name in modules.keys() & checkpoint.keys():  # to resume
+        modules[name].load_state_dict(checkpoint[name])
     if not history:
         save_checkpoint(args, modules, history)
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
@@ -260,11 +262,11 @@ def train(args, device, bf16, data, checkpoint):
     data = data.to(device)
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
-        torch.manual_seed(args.seed * 10_000 + epoch)  # the same with or without a stop
+        torch.manual_seed(args.seed * 10_000 + epoch)  # --resume changes nothing
         results = []
         order = torch.randperm(len(data), device=device)
         for indices in order.split(args.batch_size)[:epoch_steps]:
-            lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
+            lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # falls to 0
             opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
             # R1 is slow; rarer but stronger, it works as well (Karras et al. 2020).
             r1 = R1_WEIGHT if step % R1_INTERVAL == 0 else 0.0
@@ -276,8 +278,7 @@ def train(args, device, bf16, data, checkpoint):
             step += 1
             update_average(average, generator, step)
             show_progress(args, step, epoch_steps, start)
-
-        fakes = sample(average, fixed_z)
+        fakes = sample(average, fixed_z)  # grids and coverage are of the average
         row = {"epoch": epoch}
         for name in results[0]:
             row[name] = sum(result[name] for result in results).item() / epoch_steps
@@ -311,14 +312,14 @@ def sample(generator, z):
 
 def generate(args, device, checkpoint):
     """Writes args.generate images, a grid of 64 others and a latent walk."""
-    generator = NETWORKS[args.model][0](args.latent_dim).to(device)
+    generator = GENERATORS[args.model](args.latent_dim).to(device)
     generator.load_state_dict(checkpoint["average"])
     folder = f"{args.out_dir}/generated"
     os.mkdir(folder)  # FileExistsError if it is there
     torch.manual_seed(args.seed + 1)  # not the z of training's grids
     save_grid(sample(generator, torch.randn(64, args.latent_dim)), f"{folder}_grid.png")
-    # Each row goes from one z to another along a quarter circle, where every z is drawn
-    # like those of training; on a straight line they would come too near 0.
+    # Each row goes from one z to another on a quarter circle. As cos^2 + sin^2 = 1, each
+    # z is normal as in training; halfway on a straight line the variance would be 1/2.
     z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
     angle = torch.linspace(0, math.pi / 2, 10)[:, None]
     walk = sample(generator, (z1 * angle.cos() + z2 * angle.sin()).flatten(0, 1))
@@ -328,11 +329,6 @@ def generate(args, device, checkpoint):
 
 
 # ---- from here on, nothing is about GANs: data, files, flags and main ----------------
-
-NETWORKS = {
-    "mlp": (MLPGenerator, MLPDiscriminator),
-    "conv": (ConvGenerator, ConvDiscriminator),
-}
 
 
 def load_data(args):
@@ -499,7 +495,7 @@ def parse_args(**settings):
     """Returns the flags; settings, of a checkpoint, take the place of the defaults."""
     parser = argparse.ArgumentParser()
     flag = parser.add_argument
-    flag("--model", choices=NETWORKS, default="mlp", help="networks (%(default)s)")
+    flag("--model", choices=GENERATORS, default="mlp", help="networks (%(default)s)")
     flag("--epochs", type=positive, help="passes over the data (mlp 50, conv 18)")
     flag("--batch-size", type=positive, help="images per update (256; toy 64)")
     flag("--lr", type=float, default=2e-3, help="first learning rate (%(default)s)")
