@@ -177,8 +177,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     opt_g.step()
     discriminator.requires_grad_(True)
 
-    # As tensors, without .item(), which would make the CPU wait for the GPU every step.
-    return {
+    return {  # tensors, as .item() would make the CPU wait for the GPU at every step
         "loss_d": loss_d.detach(),  # without R1
         "loss_g": loss_g.detach(),
         "acc_real": (real_logits > 0).float().mean(),  # share with p > 0.5
@@ -318,8 +317,8 @@ def generate(args, device, checkpoint):
     os.mkdir(folder)  # FileExistsError if it is there
     torch.manual_seed(args.seed + 1)  # not the z of training's grids
     save_grid(sample(generator, torch.randn(64, args.latent_dim)), f"{folder}_grid.png")
-    # Each row goes from one z to another on a quarter circle. As cos^2 + sin^2 = 1, each
-    # z is normal as in training; halfway on a straight line the variance would be 1/2.
+    # Each row goes from one z to another on a quarter circle. As cos^2 + sin^2 = 1, all z
+    # are normal as in training; halfway on a straight line the variance would be 1/2.
     z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
     angle = torch.linspace(0, math.pi / 2, 10)[:, None]
     walk = sample(generator, (z1 * angle.cos() + z2 * angle.sin()).flatten(0, 1))
