@@ -249,7 +249,7 @@ def train(args, device, bf16, data, checkpoint):
         "opt_d": opt_d,
     }
     history = checkpoint.get("history", [])
-    for name in modules.keys() & checkpoint.keys():  # to resume
+    for name in modules if checkpoint else ():
         modules[name].load_state_dict(checkpoint[name])
     if not history:
         save_checkpoint(args, modules, history)
@@ -317,8 +317,8 @@ def generate(args, device, checkpoint):
     os.mkdir(folder)  # FileExistsError if it is there
     torch.manual_seed(args.seed + 1)  # not the z of training's grids
     save_grid(sample(generator, torch.randn(64, args.latent_dim)), f"{folder}_grid.png")
-    # Each row goes from one z to another on a quarter circle. As cos^2 + sin^2 = 1, all z
-    # are normal as in training; halfway on a straight line the variance would be 1/2.
+    # Each row leads from z1 to z2 on a quarter circle. As cos^2 + sin^2 = 1, its z are
+    # normal as in training; halfway on a straight line the variance would be 1/2.
     z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
     angle = torch.linspace(0, math.pi / 2, 10)[:, None]
     walk = sample(generator, (z1 * angle.cos() + z2 * angle.sin()).flatten(0, 1))
@@ -429,7 +429,7 @@ def save_reports(args, history, images):
 
 def plot_history(history, path):
     """Plots the losses on the left, and what lies between 0 and 1 on the right."""
-    figure = Figure(figsize=(12, 4.5))
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.hlines(
         [math.log(4), math.log(2)], 0, len(history), linestyles=":", label="D guesses"
