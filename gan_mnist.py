@@ -3,8 +3,8 @@
 The generator G turns a latent vector z, a list of normally distributed numbers, into
 an image. The discriminator D looks at an image and answers with one number, the logit;
 sigmoid turns it into p, D's estimate of the probability that the image is real. D is
-to tell real images from G's fakes, and G is to fool D. G never sees a real image: all
-that it learns comes through D, as the gradient of the logit.
+trained to tell real images from G's fakes, and G to fool D. G never sees a real image:
+all that it learns comes through D, as the gradient of the logit.
 
          z -----> G -----> fake --+
                                   +--> D --> logit --> p = sigmoid(logit)
@@ -13,18 +13,18 @@ that it learns comes through D, as the gradient of the logit.
     loss_d = -log p(real) - log(1 - p(fake))    low if D is right on both
     loss_g = -log p(fake)                       low if D is fooled (non-saturating loss)
 
-Each -log is a binary cross-entropy with logits. If D only guesses, p is 0.5 and they
-are 1.39 and 0.69. A healthy run stays near that, as neither network gets ahead; its
-progress shows in the grids and in coverage, the share of real images with a fake close
-by. It rises to 0.9 (real digits as fakes have 0.85, or 0.51 if none is above 3). If D
-wins, loss_d falls to 0, loss_g rises, and D's accuracies acc_real and acc_fake near 1.
-In mode collapse G repeats a few images. In both cases coverage is near 0.
+Each -log is a binary cross-entropy with logits (label 1, 0 and, for G, 1). If D only
+guesses, p is 0.5, loss_d 1.39 and loss_g 0.69. A healthy run stays near these, so they
+hardly show progress; the grids do, and coverage, the share of real images with a fake
+close by: it ends near 0.96 (other real images get 0.97, digits from 0 to 3 only 0.57).
+If D wins (try --lr 0.02), loss_d goes to 0, D's accuracies acc_real and acc_fake to 1,
+and loss_g up. In mode collapse G repeats a few images. In both, coverage is low.
 
     python gan_mnist.py --toy --out-dir runs/toy           # 1 min, without a download
     python gan_mnist.py                                    # 4 min on two CPU cores
     python gan_mnist.py --model conv --out-dir runs/conv   # 7 min
     python gan_mnist.py --resume                           # continue runs/gan_mnist
-    python gan_mnist.py --generate 100                     # new images by its generator
+    python gan_mnist.py --generate 100                     # new images by the average
 
 In another project, with this file, common.py and runs/gan_mnist/models/generator.pth:
 
@@ -55,9 +55,9 @@ from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 
 from common import init_weights, save_grid
 
-R1_INTERVAL = 16  # D gets the R1 penalty (see r1_penalty) at every 16th step,
-R1_WEIGHT = 4.0  # with a weight of 0.25, times 16 for the steps without it
-AVERAGE_DECAY = 0.998  # the averaged generator looks back over at most 500 steps
+R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty, at every 16th step
+R1_WEIGHT = 4.0  # 16 x 0.25, to make up for the 15 steps without it
+AVERAGE_DECAY = 0.998  # the averaged generator remembers about the last 500 steps
 
 # ---- networks (the comments are output shapes, without the batch's N) ----------------
 
@@ -151,8 +151,8 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z)
-        # Two separate batches: BatchNorm (in ConvDiscriminator) normalises an image by
-        # its batch. In (2) that is all fake, and D must see fakes in the same way here.
+        # Not in one batch: BatchNorm (in ConvDiscriminator) normalises an image by the
+        # batch's mean and variance. In (2) the batch is all fake; so it must be here.
         real_logits = discriminator(real).float()
         # detach() cuts G off: else loss_d.backward() would run on into G, and free the
         # graph that (2) needs to send loss_g through the same fakes.
@@ -164,14 +164,16 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     if r1:
         (r1 * r1_penalty(discriminator, real)).backward()  # adds to D's gradients
     opt_d.step()
+    # The best D has p = density of real / (density of real + density of fakes). Its
+    # gradient leads fakes to where they are too few, until p is 0.5 everywhere.
 
     # (2) Update G: minimise -log p(fake). Why not log(1 - p(fake)), D's term negated?
-    # If D spots fakes, p is near 0, and so is the slope of log(1 - p) in the logit, -p:
-    # a losing G would learn nothing (it saturates). -log p has slope p - 1, near -1.
+    # If D spots fakes, p is near 0. Per logit, log(1 - p) has slope -p, also near 0: a
+    # losing G would learn nothing (it saturates). -log p has slope p - 1, near -1.
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
         new_fake_logits = discriminator(fake).float()  # D has changed since (1)
-    loss_g = -logsigmoid(new_fake_logits).mean()
+    loss_g = -logsigmoid(new_fake_logits).mean()  # asks for no variety: G may collapse
     opt_g.zero_grad()
     loss_g.backward()
     opt_g.step()
@@ -189,7 +191,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
 def r1_penalty(discriminator, real):
     """Returns the mean of |d logit / d image|^2 over real images, a scalar.
 
-    In D's loss it flattens D around real images: where D is steep, G overshoots them
+    In D's loss it flattens D around real images: a steep D throws the fakes past them
     again and again (Mescheder et al. 2018). In float32: bfloat16 is too coarse for it.
     With BatchNorm in D it is only nearly R1: there a logit depends on the whole batch.
     """
@@ -203,13 +205,12 @@ def r1_penalty(discriminator, real):
 def update_average(average, generator, step):
     """Moves the averaged generator a little towards the generator; step counts from 1.
 
-    As G and D react to each other, their weights tend to oscillate. Their average is
-    closer to the equilibrium, and gives better images (Yazici et al. 2019): after four
-    epochs of --model conv it had a coverage of 0.74, the generator itself 0.61.
+    As G and D react to each other, their weights oscillate. The average gives better
+    images (Yazici et al. 2019): coverage @@ and not @@ after 4 epochs of --model conv.
     """
     decay = min(AVERAGE_DECAY, step / (step + 9))  # soon forgets the untrained weights
     new = generator.state_dict()
-    for name, value in average.state_dict().items():  # the tensors, not copies
+    for name, value in average.state_dict().items():  # changed in place
         if value.is_floating_point():  # not BatchNorm's counter
             value.lerp_(new[name], 1 - decay)
 
@@ -222,8 +223,7 @@ def coverage(real, fake):
     (Naeem et al. 2020). Both are N x C x H x W, compared by pixels: that flatters blur.
     """
     real = real.flatten(1)
-    # The nearest of all real images is the image itself: its 5th neighbour comes 6th.
-    radius = torch.cdist(real, real).kthvalue(min(6, len(real))).values
+    radius = torch.cdist(real, real).kthvalue(min(6, len(real))).values  # 1st: itself
     return (torch.cdist(real, fake.flatten(1)).amin(1) < radius).float().mean().item()
 
 
@@ -233,12 +233,12 @@ def train(args, device, bf16, data, checkpoint):
     checkpoint: dict of a run to resume, or {}. Raises FloatingPointError and OSError.
     """
     torch.manual_seed(args.seed)
-    real_images = data[:1000] / 127.5 - 1
+    real_images = data[torch.randperm(len(data))[:1000]] / 127.5 - 1
     fixed_z = torch.randn(len(real_images), args.latent_dim)  # for all epochs
     generator = GENERATORS[args.model](args.latent_dim).apply(init_weights).to(device)
     discriminator = DISCRIMINATORS[args.model]().apply(init_weights).to(device)
     average = copy.deepcopy(generator)
-    # beta1 is 0.5, not 0.9: older gradients mislead, as the opponent has moved since.
+    # beta1 is 0.5: with 0.9, older gradients mislead (the opponent moves), and D wins.
     opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     modules = {
@@ -249,7 +249,7 @@ def train(args, device, bf16, data, checkpoint):
         "opt_d": opt_d,
     }
     history = checkpoint.get("history", [])
-    for name in modules if checkpoint else ():
+    for name in modules if checkpoint else ():  # on --resume
         modules[name].load_state_dict(checkpoint[name])
     if not history:
         save_checkpoint(args, modules, history)
@@ -261,7 +261,7 @@ def train(args, device, bf16, data, checkpoint):
     data = data.to(device)
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
-        torch.manual_seed(args.seed * 10_000 + epoch)  # --resume changes nothing
+        torch.manual_seed(args.seed * 10_000 + epoch)  # the same when resumed
         results = []
         order = torch.randperm(len(data), device=device)
         for indices in order.split(args.batch_size)[:epoch_steps]:
@@ -287,8 +287,8 @@ def train(args, device, bf16, data, checkpoint):
         if not math.isfinite(sum(row.values())):
             raise FloatingPointError("A loss is not finite: try a smaller --lr")
         history.append(row)
-        save_reports(args, history, fakes[:64])
-        save_checkpoint(args, modules, history)
+        save_reports(args, history, fakes[:64])  # images/, losses.png, history.csv
+        save_checkpoint(args, modules, history)  # models/; generator.pth is the average
         print_epoch(args, row)
 
 
@@ -431,9 +431,8 @@ def plot_history(history, path):
     """Plots the losses on the left, and what lies between 0 and 1 on the right."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.hlines(
-        [math.log(4), math.log(2)], 0, len(history), linestyles=":", label="D guesses"
-    )
+    left.axhline(1.386, linestyle=":", label="D guesses")
+    left.axhline(0.693, linestyle=":")
     right.set_ylim(0, 1)
     for name in ("loss_d", "loss_g", "acc_real", "acc_fake", "fool_rate", "coverage"):
         axes = left if name.startswith("loss") else right
