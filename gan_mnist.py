@@ -206,7 +206,7 @@ def update_average(average, generator, step):
     """Moves the averaged generator a little towards the generator; step counts from 1.
 
     As G and D react to each other, their weights oscillate. The average gives better
-    images (Yazici et al. 2019): coverage 0.88, not 0.79, after 4 epochs of --model conv.
+    images (Yazici et al. 2019): coverage 0.88, not 0.79, after 4 epochs of conv.
     """
     decay = min(AVERAGE_DECAY, step / (step + 9))  # soon forgets the untrained weights
     new = generator.state_dict()
