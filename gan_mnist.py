@@ -1,10 +1,9 @@
 """A GAN on MNIST: two networks compete until one of them can write digits.
 
-The generator G turns a latent vector z, a list of normally distributed numbers, into
-an image. The discriminator D looks at an image and answers with one number, the logit;
-sigmoid turns it into p, D's estimate of the probability that the image is real. D is
-trained to tell real images from G's fakes, and G to fool D. G never sees a real image:
-all that it learns comes through D, as the gradient of the logit.
+The generator G turns a latent vector z of normally distributed numbers into an image.
+The discriminator D gives an image a logit, which sigmoid turns into p, its estimate of
+the probability that the image is real. D learns to tell real images from fakes, and G
+to fool D. G never sees a real image: it learns through D, by the gradient of the logit.
 
          z -----> G -----> fake --+
                                   +--> D --> logit --> p = sigmoid(logit)
@@ -13,18 +12,19 @@ all that it learns comes through D, as the gradient of the logit.
     loss_d = -log p(real) - log(1 - p(fake))    low if D is right on both
     loss_g = -log p(fake)                       low if D is fooled (non-saturating loss)
 
-Each -log is a binary cross-entropy with logits (label 1, 0 and, for G, 1). If D only
-guesses, p is 0.5, loss_d 1.39 and loss_g 0.69. A healthy run stays near these, so they
-hardly show progress; the grids do, and coverage, the share of real images with a fake
-close by: it ends near 0.96 (other real images get 0.97, digits from 0 to 3 only 0.57).
-If D wins (try --lr 0.02), loss_d goes to 0, D's accuracies acc_real and acc_fake to 1,
-and loss_g up. In mode collapse G repeats a few images. In both, coverage is low.
+Each -log is a binary cross-entropy with logits (labels: real 1, fake 0; for G, fake 1).
+- Healthy: loss_d and loss_g stay near 1.39 and 0.69, where D only guesses and p is 0.5.
+  The grids in images/ improve, and coverage, the share of real images with a fake close
+  by, goes to 0.96 (real images as fakes have 0.97, digits from 0 to 3 as fakes 0.57).
+- D has won (try --lr 0.02): loss_d and fool_rate go to 0, acc_real and acc_fake, D's
+  accuracies, to 1, and loss_g up. Coverage is near 0.
+- Mode collapse: G repeats a few images. Coverage is low, whatever the losses are.
 
     python gan_mnist.py --toy --out-dir runs/toy           # 1 min, without a download
     python gan_mnist.py                                    # 4 min on two CPU cores
     python gan_mnist.py --model conv --out-dir runs/conv   # 7 min
-    python gan_mnist.py --resume                           # continue runs/gan_mnist
-    python gan_mnist.py --generate 100                     # new images by the average
+    python gan_mnist.py --resume                           # go on (longer: --epochs 80)
+    python gan_mnist.py --generate 100                     # new images in generated/
 
 In another project, with this file, common.py and runs/gan_mnist/models/generator.pth:
 
@@ -48,7 +48,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.optim import Adam
 from torchvision.datasets import MNIST
 from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
@@ -57,7 +57,7 @@ from common import init_weights, save_grid
 
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty, at every 16th step
 R1_WEIGHT = 4.0  # 16 x 0.25, to make up for the 15 steps without it
-AVERAGE_DECAY = 0.998  # the averaged generator remembers about the last 500 steps
+AVERAGE_DECAY = 0.998  # the averaged generator spans the last 500 steps (see there)
 
 # ---- networks (the comments are output shapes, without the batch's N) ----------------
 
@@ -144,36 +144,36 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     """Updates D once, then G once, and returns a dict of scalar tensors.
 
     real: images N x 1 x 28 x 28 in [-1, 1]; z: latent vectors N x latent_dim.
-    Skip two extras at first: r1, the weight of the R1 penalty, and bf16, where autocast
-    runs layers in fast, coarse bfloat16 and .float() returns the logits to float32.
+    Two extras, to skip at first: r1, the weight of the R1 penalty in D's loss, and bf16,
+    bfloat16 mixed precision, in which layers run faster and coarser.
     """
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z)
-        # Not in one batch: BatchNorm (in ConvDiscriminator) normalises an image by the
-        # batch's mean and variance. In (2) the batch is all fake; so it must be here.
-        real_logits = discriminator(real).float()
+        # Not as one mixed batch: BatchNorm (in ConvDiscriminator) would normalise fakes
+        # by the mean and variance of both kinds here, but of fakes alone in (2).
+        real_logits = discriminator(real)
         # detach() cuts G off: else loss_d.backward() would run on into G, and free the
         # graph that (2) needs to send loss_g through the same fakes.
-        fake_logits = discriminator(fake.detach()).float()
-    # As 1 - sigmoid(x) = sigmoid(-x), log(1 - p(fake)) is logsigmoid(-fake_logits).
-    loss_d = -logsigmoid(real_logits).mean() - logsigmoid(-fake_logits).mean()
+        fake_logits = discriminator(fake.detach())
+        ones = torch.ones_like(real_logits)
+        loss_d = bce(real_logits, ones) + bce(fake_logits, 1 - ones)
     opt_d.zero_grad()
     loss_d.backward()
     if r1:
         (r1 * r1_penalty(discriminator, real)).backward()  # adds to D's gradients
     opt_d.step()
-    # The best D has p = density of real / (density of real + density of fakes). Its
-    # gradient leads fakes to where they are too few, until p is 0.5 everywhere.
+    # Where real images have density a and fakes b, the best D has p = a / (a + b). Its
+    # gradient leads fakes to where b is too low: ideally until a = b, so p = 0.5.
 
     # (2) Update G: minimise -log p(fake). Why not log(1 - p(fake)), D's term negated?
     # If D spots fakes, p is near 0. Per logit, log(1 - p) has slope -p, also near 0: a
     # losing G would learn nothing (it saturates). -log p has slope p - 1, near -1.
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
-        new_fake_logits = discriminator(fake).float()  # D has changed since (1)
-    loss_g = -logsigmoid(new_fake_logits).mean()  # asks for no variety: G may collapse
+        new_fake_logits = discriminator(fake)  # D has changed since (1)
+        loss_g = bce(new_fake_logits, ones)  # one best fake would do it: collapse
     opt_g.zero_grad()
     loss_g.backward()
     opt_g.step()
@@ -238,7 +238,7 @@ def train(args, device, bf16, data, checkpoint):
     generator = GENERATORS[args.model](args.latent_dim).apply(init_weights).to(device)
     discriminator = DISCRIMINATORS[args.model]().apply(init_weights).to(device)
     average = copy.deepcopy(generator)
-    # beta1 is 0.5: with 0.9, older gradients mislead (the opponent moves), and D wins.
+    # beta1 is 0.5, not 0.9: old gradients mislead, as the opponent has moved since.
     opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     modules = {
@@ -320,7 +320,7 @@ def generate(args, device, checkpoint):
     # Each row leads from z1 to z2 on a quarter circle. As cos^2 + sin^2 = 1, its z are
     # normal as in training; halfway on a straight line the variance would be 1/2.
     z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
-    angle = torch.linspace(0, math.pi / 2, 10)[:, None]
+    angle = torch.linspace(0, math.pi / 2, 10)[:, None]  # 10 x 1, and z1 8 x 1 x dim
     walk = sample(generator, (z1 * angle.cos() + z2 * angle.sin()).flatten(0, 1))
     save_grid(walk, f"{args.out_dir}/latent_walk.png", columns=10)
     for i, z in enumerate(torch.randn(args.generate, 1, args.latent_dim)):
@@ -544,8 +544,9 @@ def has_bfloat16(device):
     """Tells whether the device has bfloat16 in hardware; without, float32 is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # {} before torch 2.11
-    return device.type == "cpu" and capabilities().get("avx512_bf16", False)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.11
+        return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return False
 
 
 def explain(error, args):
