@@ -144,7 +144,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     """Updates D once, then G once, and returns a dict of scalar tensors.
 
     real: images N x 1 x 28 x 28 in [-1, 1]; z: latent vectors N x latent_dim.
-    Two extras, to skip at first: r1, the weight of the R1 penalty in D's loss, and bf16,
+    Two extras, to skip at first: r1, weight of the R1 penalty in D's loss, and bf16:
     bfloat16 mixed precision, in which layers run faster and coarser.
     """
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
