@@ -1,29 +1,29 @@
-"""A GAN on MNIST: two networks compete until one of them can write digits.
+"""A generative adversarial network (GAN, Goodfellow et al. 2014) that writes digits.
 
 The generator G turns a latent vector z of normally distributed numbers into an image.
-The discriminator D gives an image a logit, which sigmoid turns into p, its estimate of
-the probability that the image is real. D learns to tell real images from fakes, and G
-to fool D. G never sees a real image: it learns through D, by the gradient of the logit.
+The discriminator D gives an image x a logit, which sigmoid turns into p(x), for D the
+probability that x is real. D learns to tell real images from fakes, and G learns to
+fool D. G never sees a real image: it learns by the gradient of D's logit.
 
          z -----> G -----> fake --+
-                                  +--> D --> logit --> p = sigmoid(logit)
+                                  +--> D --> logit --> p(x) = sigmoid(logit)
      MNIST --------------> real --+
 
     loss_d = -log p(real) - log(1 - p(fake))    low if D is right on both
     loss_g = -log p(fake)                       low if D is fooled (non-saturating loss)
 
-Each -log is a binary cross-entropy with logits (labels: real 1, fake 0; for G, fake 1).
-- Healthy: loss_d and loss_g stay near 1.39 and 0.69, where D only guesses and p is 0.5.
-  The grids in images/ improve, and coverage, the share of real images with a fake close
-  by, goes to 0.96 (real images as fakes have 0.97, digits from 0 to 3 as fakes 0.57).
-- D has won (try --lr 0.02): loss_d and fool_rate go to 0, acc_real and acc_fake, D's
-  accuracies, to 1, and loss_g up. Coverage is near 0.
+Each -log is a mean binary cross-entropy (labels: real 1, fake 0; for G, fake 1).
+- Healthy, at the end: loss_d 1.29, loss_g 0.75 (1.39 and 0.69 if D only guesses), D's
+  accuracies acc_real and acc_fake 0.70, fool_rate 0.30, and coverage, the share of real
+  images with a fake close by, 0.96 (other real images: 0.97; only digits 0 to 3: 0.57).
+- D has won (try --lr 0.02 --out-dir runs/won): loss_d and fool_rate go to 0, loss_g up,
+  both accuracies to 1, and coverage stays near 0.
 - Mode collapse: G repeats a few images. Coverage is low, whatever the losses are.
 
     python gan_mnist.py --toy --out-dir runs/toy           # 1 min, without a download
     python gan_mnist.py                                    # 4 min on two CPU cores
     python gan_mnist.py --model conv --out-dir runs/conv   # 7 min
-    python gan_mnist.py --resume                           # go on (longer: --epochs 80)
+    python gan_mnist.py --resume --out-dir runs/conv       # go on (longer: --epochs 30)
     python gan_mnist.py --generate 100                     # new images in generated/
 
 In another project, with this file, common.py and runs/gan_mnist/models/generator.pth:
@@ -31,7 +31,7 @@ In another project, with this file, common.py and runs/gan_mnist/models/generato
     import gan_mnist, torch
     generator = gan_mnist.MLPGenerator(latent_dim=100)  # ConvGenerator for --model conv
     generator.load_state_dict(torch.load("generator.pth", "cpu", weights_only=True))
-    images = gan_mnist.sample(generator, torch.randn(64, 100))  # 64 x 1 x 28 x 28
+    images = gan_mnist.sample(generator, torch.randn(64, 100))  # 64, in [-1, 1]
 """
 
 import argparse
@@ -53,11 +53,11 @@ from torch.optim import Adam
 from torchvision.datasets import MNIST
 from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 
-from common import init_weights, save_grid
+from common import init_weights, save_grid  # DCGAN's initial weights; a grid of images
 
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty, at every 16th step
 R1_WEIGHT = 4.0  # 16 x 0.25, to make up for the 15 steps without it
-AVERAGE_DECAY = 0.998  # the averaged generator spans the last 500 steps (see there)
+AVERAGE_DECAY = 0.998  # the average spans about 500 steps, see update_average
 
 # ---- networks (the comments are output shapes, without the batch's N) ----------------
 
@@ -151,8 +151,8 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z)
-        # Not as one mixed batch: BatchNorm (in ConvDiscriminator) would normalise fakes
-        # by the mean and variance of both kinds here, but of fakes alone in (2).
+        # Apart, as BatchNorm (in ConvDiscriminator) uses the batch's mean and variance:
+        # mixed here, but of fakes alone in (2), D would see the same fakes differently.
         real_logits = discriminator(real)
         # detach() cuts G off: else loss_d.backward() would run on into G, and free the
         # graph that (2) needs to send loss_g through the same fakes.
@@ -164,16 +164,16 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     if r1:
         (r1 * r1_penalty(discriminator, real)).backward()  # adds to D's gradients
     opt_d.step()
-    # Where real images have density a and fakes b, the best D has p = a / (a + b). Its
-    # gradient leads fakes to where b is too low: ideally until a = b, so p = 0.5.
 
-    # (2) Update G: minimise -log p(fake). Why not log(1 - p(fake)), D's term negated?
-    # If D spots fakes, p is near 0. Per logit, log(1 - p) has slope -p, also near 0: a
-    # losing G would learn nothing (it saturates). -log p has slope p - 1, near -1.
+    # (2) Update G: minimise -log p(fake). The best D has p = a / (a + b) where real ones
+    # have density a and fakes b. So uphill in p, fakes move to where b is too low, until
+    # ideally a = b and p = 0.5. Why not minimise log(1 - p(fake)), D's term negated? If
+    # D spots fakes, p is near 0, and so is its slope in the logit, -p: a losing G learns
+    # nothing (it saturates). The slope of -log p is p - 1, near -1 there.
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
         new_fake_logits = discriminator(fake)  # D has changed since (1)
-        loss_g = bce(new_fake_logits, ones)  # one best fake would do it: collapse
+        loss_g = bce(new_fake_logits, ones)  # low even if G repeats one: collapse
     opt_g.zero_grad()
     loss_g.backward()
     opt_g.step()
@@ -285,7 +285,7 @@ def train(args, device, bf16, data, checkpoint):
         row["seconds"] = time.perf_counter() - start
         row["images_per_s"] = epoch_steps * args.batch_size / row["seconds"]
         if not math.isfinite(sum(row.values())):
-            raise FloatingPointError("A loss is not finite: try a smaller --lr")
+            raise FloatingPointError("A loss is not finite: resume with a smaller --lr")
         history.append(row)
         save_reports(args, history, fakes[:64])  # images/, losses.png, history.csv
         save_checkpoint(args, modules, history)  # models/; generator.pth is the average
@@ -508,7 +508,7 @@ def parse_args(**settings):
     flag("--device", help="cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
     flag("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (if native)")
     flag("--resume", action="store_true", help="continue the run in --out-dir")
-    flag("--generate", type=positive, help="write so many images, when trained")
+    flag("--generate", type=positive, help="write so many images (others: --seed 1)")
     parser.set_defaults(**settings)
     args = parser.parse_args()
     if not args.lr > 0 or not 0 <= args.beta1 < 1:

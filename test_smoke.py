@@ -647,17 +647,18 @@ class MnistTest(Folder):
     # -- stopping and resuming
 
     def test_a_killed_and_resumed_run_ends_in_the_same_bytes(self):
-        script = [sys.executable, HERE / "gan_mnist.py", *map(str, self.flags)]
-        killed = {}
         for model in self.models:
-            flags = ["--model", model, "--out-dir", self.folder / model]
-            killed[model] = subprocess.Popen(script + flags, stdout=subprocess.PIPE, text=True)
-        for model, process in killed.items():
+            out = self.folder / model
+            flags = map(str, (*self.flags, "--model", model, "--out-dir", out))
+            process = subprocess.Popen(
+                [sys.executable, HERE / "gan_mnist.py", *flags],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             while "epoch 1/3" not in process.stdout.readline():
                 self.assertIsNone(process.poll())
             process.kill()
             process.communicate()
-            out = self.folder / model
             self.assertIn(self.epochs(out), (1, 2))
             self.assertIn("epoch 3/3", self.resume(out))
             for name in ("models/generator.pth", "models/discriminator.pth"):
