@@ -165,11 +165,11 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
         (r1 * r1_penalty(discriminator, real)).backward()  # adds to D's gradients
     opt_d.step()
 
-    # (2) Update G: minimise -log p(fake). The best D has p = a / (a + b) where real ones
-    # have density a and fakes b. So uphill in p, fakes move to where b is too low, until
-    # ideally a = b and p = 0.5. Why not minimise log(1 - p(fake)), D's term negated? If
-    # D spots fakes, p is near 0, and so is its slope in the logit, -p: a losing G learns
-    # nothing (it saturates). The slope of -log p is p - 1, near -1 there.
+    # (2) Update G: minimise -log p(fake). The best D has p = a / (a + b) if real images
+    # have density a and fakes b. So uphill in p, fakes move to where b is too low, at
+    # best until a = b and p = 0.5. Why not minimise log(1 - p(fake)), D's term negated?
+    # If D spots fakes, p is near 0, and so is its slope in the logit, -p: a losing G
+    # learns nothing (it saturates). The slope of -log p is p - 1, near -1 there.
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
         new_fake_logits = discriminator(fake)  # D has changed since (1)
