@@ -13,12 +13,12 @@ fool D. G never sees a real image: it learns by the gradient of D's logit.
     loss_g = -log p(fake)                       low if D is fooled (non-saturating loss)
 
 Each -log is a mean binary cross-entropy (labels: real 1, fake 0; for G, fake 1).
-- Healthy, at the end: loss_d 1.29, loss_g 0.75 (1.39 and 0.69 if D only guesses), D's
-  accuracies acc_real and acc_fake 0.70, fool_rate 0.30, and coverage, the share of real
-  images with a fake close by, 0.96 (other real images: 0.97; only digits 0 to 3: 0.57).
+- Healthy, as the default run ends: loss_d 1.29, loss_g 0.75 (D guessing: 1.39, 0.69),
+  acc_real and acc_fake (D is right) 0.7, fool_rate (D is wrong on fakes) 0.3, coverage
+  (real images near a fake) 0.98. Other real digits: 0.97, only those from 0 to 3: 0.57.
 - D has won (try --lr 0.02 --out-dir runs/won): loss_d and fool_rate go to 0, loss_g up,
   both accuracies to 1, and coverage stays near 0.
-- Mode collapse: G repeats a few images. Coverage is low, whatever the losses are.
+- Mode collapse: G repeats a few images. Coverage is far below that, for any losses.
 
     python gan_mnist.py --toy --out-dir runs/toy           # 1 min, without a download
     python gan_mnist.py                                    # 4 min on two CPU cores
@@ -56,7 +56,7 @@ from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 from common import init_weights, save_grid  # DCGAN's initial weights; a grid of images
 
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty, at every 16th step
-R1_WEIGHT = 4.0  # 16 x 0.25, to make up for the 15 steps without it
+R1_WEIGHT = 4.0  # 16 x 0.25 (gamma / 2), to make up for the 15 steps without it
 AVERAGE_DECAY = 0.998  # the average spans about 500 steps, see update_average
 
 # ---- networks (the comments are output shapes, without the batch's N) ----------------
@@ -151,35 +151,35 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z)
-        # Apart, as BatchNorm (in ConvDiscriminator) uses the batch's mean and variance:
-        # mixed here, but of fakes alone in (2), D would see the same fakes differently.
+        # Not in one batch: BatchNorm (in ConvDiscriminator) uses batch statistics, so
+        # fakes mixed with real images would get other logits than alone, as in (2).
         real_logits = discriminator(real)
         # detach() cuts G off: else loss_d.backward() would run on into G, and free the
         # graph that (2) needs to send loss_g through the same fakes.
         fake_logits = discriminator(fake.detach())
         ones = torch.ones_like(real_logits)
-        loss_d = bce(real_logits, ones) + bce(fake_logits, 1 - ones)
+        loss_d = bce(real_logits, ones) + bce(fake_logits, 1 - ones)  # labels 1, 0
     opt_d.zero_grad()
     loss_d.backward()
     if r1:
         (r1 * r1_penalty(discriminator, real)).backward()  # adds to D's gradients
     opt_d.step()
 
-    # (2) Update G: minimise -log p(fake). The best D has p = a / (a + b) if real images
-    # have density a and fakes b. So uphill in p, fakes move to where b is too low, at
-    # best until a = b and p = 0.5. Why not minimise log(1 - p(fake)), D's term negated?
-    # If D spots fakes, p is near 0, and so is its slope in the logit, -p: a losing G
-    # learns nothing (it saturates). The slope of -log p is p - 1, near -1 there.
+    # (2) Update G: minimise -log p(fake). The best D has p = a / (a + b) at an image of
+    # density a among real images and b among fakes. Uphill in p, fakes move to where b
+    # is too low, ideally until a = b and p = 0.5. Why not log(1 - p(fake)), D's term
+    # negated? Its slope in the logit is -p: near 0 if D spots the fakes, so a losing G
+    # hardly learns (it saturates). The slope of -log p is p - 1: near -1 there.
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
         new_fake_logits = discriminator(fake)  # D has changed since (1)
-        loss_g = bce(new_fake_logits, ones)  # low even if G repeats one: collapse
+        loss_g = bce(new_fake_logits, ones)  # each fake counts alone: G may collapse
     opt_g.zero_grad()
     loss_g.backward()
     opt_g.step()
     discriminator.requires_grad_(True)
 
-    return {  # tensors, as .item() would make the CPU wait for the GPU at every step
+    return {  # tensors: .item(), which waits for the GPU, comes once per epoch
         "loss_d": loss_d.detach(),  # without R1
         "loss_g": loss_g.detach(),
         "acc_real": (real_logits > 0).float().mean(),  # share with p > 0.5
@@ -196,7 +196,7 @@ def r1_penalty(discriminator, real):
     With BatchNorm in D it is only nearly R1: there a logit depends on the whole batch.
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
-    # d sum / d image i = d logit i / d image i; create_graph, to backward() through it.
+    # Summed, one call gives all images' gradients; create_graph lets backward() pass.
     (grad,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
     return grad.square().sum() / len(real)
 
@@ -220,7 +220,7 @@ def coverage(real, fake):
     """Returns the share of the real images that the fakes cover, in [0, 1].
 
     A real image is covered if a fake is closer to it than its own 5th nearest real one
-    (Naeem et al. 2020). Both are N x C x H x W, compared by pixels: that flatters blur.
+    (Naeem et al. 2020). Both are N x C x H x W, compared by pixels: blur scores well.
     """
     real = real.flatten(1)
     radius = torch.cdist(real, real).kthvalue(min(6, len(real))).values  # 1st: itself
