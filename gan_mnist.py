@@ -353,7 +353,7 @@ def load_data(args):
 def draw_digits(count):
     """Draws synthetic digits, each a little different in place, size and angle."""
     torch.manual_seed(0)
-    vary = RandomAffine(12, (0.1, 0.1), (0.8, 1.2))  # turn, move, resize
+    vary = RandomAffine(10, (0.07, 0.07), (0.9, 1.1))  # turn, move, resize
     font = ImageFont.load_default(22)
     images = []
     for i in range(count):
