@@ -15,16 +15,16 @@ fool D. G never sees a real image: it learns by the gradient of D's logit.
 Each -log is a mean binary cross-entropy (labels: real 1, fake 0; for G, fake 1).
 - Healthy, as the default run ends: loss_d 1.29, loss_g 0.75 (D guessing: 1.39, 0.69),
   acc_real and acc_fake (D is right) 0.7, fool_rate (D is wrong on fakes) 0.3, coverage
-  (real images near a fake) 0.98. Other real digits: 0.97, only those from 0 to 3: 0.57.
+  (real images near a fake) 0.98. Real digits as fakes have 0.97, 0s to 3s alone 0.57.
 - D has won (try --lr 0.02 --out-dir runs/won): loss_d and fool_rate go to 0, loss_g up,
   both accuracies to 1, and coverage stays near 0.
-- Mode collapse: G repeats a few images. Coverage is far below that, for any losses.
+- Mode collapse: grids repeat a few images; coverage is far below 0.98, at any loss.
 
     python gan_mnist.py --toy --out-dir runs/toy           # 1 min, without a download
     python gan_mnist.py                                    # 4 min on two CPU cores
     python gan_mnist.py --model conv --out-dir runs/conv   # 7 min
-    python gan_mnist.py --resume --out-dir runs/conv       # go on (longer: --epochs 30)
-    python gan_mnist.py --generate 100                     # new images in generated/
+    python gan_mnist.py --resume --out-dir runs/conv       # if stopped; or --epochs 30
+    python gan_mnist.py --generate 100                     # in runs/gan_mnist/generated
 
 In another project, with this file, common.py and runs/gan_mnist/models/generator.pth:
 
@@ -56,7 +56,7 @@ from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 from common import init_weights, save_grid  # DCGAN's initial weights; a grid of images
 
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty, at every 16th step
-R1_WEIGHT = 4.0  # 16 x 0.25 (gamma / 2), to make up for the 15 steps without it
+R1_WEIGHT = 4.0  # 16 x 0.25, to make up for the 15 steps without it
 AVERAGE_DECAY = 0.998  # the average spans about 500 steps, see update_average
 
 # ---- networks (the comments are output shapes, without the batch's N) ----------------
@@ -68,7 +68,7 @@ class MLPGenerator(nn.Sequential):
     def __init__(self, latent_dim=100):
         super().__init__(
             nn.Linear(latent_dim, 256),  # 256
-            nn.BatchNorm1d(256),  # over the batch; steadies training
+            nn.BatchNorm1d(256),  # mean 0, variance 1 in the batch: steadies training
             nn.LeakyReLU(0.2),  # slope 0.2 below 0: gradients always get through
             nn.Linear(256, 512),  # 512
             nn.BatchNorm1d(512),
@@ -137,7 +137,7 @@ class ConvDiscriminator(nn.Sequential):
 GENERATORS = {"mlp": MLPGenerator, "conv": ConvGenerator}
 DISCRIMINATORS = {"mlp": MLPDiscriminator, "conv": ConvDiscriminator}
 
-# ---- training ------------------------------------------------------------------------
+# ---- training (read first: train_step without r1 and bf16, then train) ---------------
 
 
 def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=False):
@@ -151,8 +151,8 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z)
-        # Not in one batch: BatchNorm (in ConvDiscriminator) uses batch statistics, so
-        # fakes mixed with real images would get other logits than alone, as in (2).
+        # Apart: BatchNorm (in ConvDiscriminator) uses the batch's mean and variance, so
+        # fakes beside real images would get other logits than they get alone in (2).
         real_logits = discriminator(real)
         # detach() cuts G off: else loss_d.backward() would run on into G, and free the
         # graph that (2) needs to send loss_g through the same fakes.
@@ -165,15 +165,15 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
         (r1 * r1_penalty(discriminator, real)).backward()  # adds to D's gradients
     opt_d.step()
 
-    # (2) Update G: minimise -log p(fake). The best D has p = a / (a + b) at an image of
-    # density a among real images and b among fakes. Uphill in p, fakes move to where b
-    # is too low, ideally until a = b and p = 0.5. Why not log(1 - p(fake)), D's term
-    # negated? Its slope in the logit is -p: near 0 if D spots the fakes, so a losing G
-    # hardly learns (it saturates). The slope of -log p is p - 1: near -1 there.
+    # (2) Update G: minimise -log p(fake). Where real images have density a and fakes b,
+    # the best D has p = a / (a + b). To raise p, fakes move to where b is too low, at
+    # best until a = b and p = 0.5. Why not minimise log(1 - p(fake)), D's term negated?
+    # Its slope in the logit is -p: near 0 if D spots the fakes, so a losing G hardly
+    # learns (it saturates). The slope of -log p is p - 1: near -1 there.
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
         new_fake_logits = discriminator(fake)  # D has changed since (1)
-        loss_g = bce(new_fake_logits, ones)  # each fake counts alone: G may collapse
+        loss_g = bce(new_fake_logits, ones)  # nothing asks for variety: G may collapse
     opt_g.zero_grad()
     loss_g.backward()
     opt_g.step()
@@ -249,7 +249,7 @@ def train(args, device, bf16, data, checkpoint):
         "opt_d": opt_d,
     }
     history = checkpoint.get("history", [])
-    for name in modules if checkpoint else ():  # on --resume
+    for name in modules if checkpoint else ():  # on --resume, else none
         modules[name].load_state_dict(checkpoint[name])
     if not history:
         save_checkpoint(args, modules, history)
@@ -265,7 +265,7 @@ def train(args, device, bf16, data, checkpoint):
         results = []
         order = torch.randperm(len(data), device=device)
         for indices in order.split(args.batch_size)[:epoch_steps]:
-            lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # falls to 0
+            lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
             opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
             # R1 is slow; rarer but stronger, it works as well (Karras et al. 2020).
             r1 = R1_WEIGHT if step % R1_INTERVAL == 0 else 0.0
