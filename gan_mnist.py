@@ -12,10 +12,10 @@ fool D. G never sees a real image: it learns by the gradient of D's logit.
     loss_d = -log p(real) - log(1 - p(fake))    low if D is right on both
     loss_g = -log p(fake)                       low if D is fooled (non-saturating loss)
 
-Each -log is a mean binary cross-entropy (labels: real 1, fake 0; for G, fake 1).
-- Healthy, as the default run ends: loss_d 1.29, loss_g 0.75 (D guessing: 1.39, 0.69),
+Each -log is a mean binary cross-entropy. The losses do not measure image quality, so:
+- Healthy, as the default run ends: loss_d 1.29, loss_g 0.75 (if p = 0.5: 1.39, 0.69),
   acc_real and acc_fake (D is right) 0.7, fool_rate (D is wrong on fakes) 0.3, coverage
-  (real images near a fake) 0.98. Real digits as fakes have 0.97, 0s to 3s alone 0.57.
+  (real images near a fake) 0.98; other real digits reach 0.97, 0s to 3s alone 0.57.
 - D has won (try --lr 0.02 --out-dir runs/won): loss_d and fool_rate go to 0, loss_g up,
   both accuracies to 1, and coverage stays near 0.
 - Mode collapse: grids repeat a few images; coverage is far below 0.98, at any loss.
@@ -23,7 +23,7 @@ Each -log is a mean binary cross-entropy (labels: real 1, fake 0; for G, fake 1)
     python gan_mnist.py --toy --out-dir runs/toy           # 1 min, without a download
     python gan_mnist.py                                    # 4 min on two CPU cores
     python gan_mnist.py --model conv --out-dir runs/conv   # 7 min
-    python gan_mnist.py --resume --out-dir runs/conv       # if stopped; or --epochs 30
+    python gan_mnist.py --resume --out-dir runs/conv       # go on; more: --epochs 30
     python gan_mnist.py --generate 100                     # in runs/gan_mnist/generated
 
 In another project, with this file, common.py and runs/gan_mnist/models/generator.pth:
@@ -151,8 +151,8 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z)
-        # Apart: BatchNorm (in ConvDiscriminator) uses the batch's mean and variance, so
-        # fakes beside real images would get other logits than they get alone in (2).
+        # Two calls: BatchNorm (in ConvDiscriminator) takes the batch's mean and variance
+        # out, so fakes beside real images would get other logits than alone in (2).
         real_logits = discriminator(real)
         # detach() cuts G off: else loss_d.backward() would run on into G, and free the
         # graph that (2) needs to send loss_g through the same fakes.
@@ -165,15 +165,15 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
         (r1 * r1_penalty(discriminator, real)).backward()  # adds to D's gradients
     opt_d.step()
 
-    # (2) Update G: minimise -log p(fake). Where real images have density a and fakes b,
-    # the best D has p = a / (a + b). To raise p, fakes move to where b is too low, at
-    # best until a = b and p = 0.5. Why not minimise log(1 - p(fake)), D's term negated?
-    # Its slope in the logit is -p: near 0 if D spots the fakes, so a losing G hardly
-    # learns (it saturates). The slope of -log p is p - 1: near -1 there.
+    # (2) Update G: minimise -log p(fake). Of a real and b fake images around a point,
+    # the best D says p = a / (a + b). Fakes climb to higher p, where real ones are in
+    # the majority, at best until a = b and p = 0.5. Why not minimise log(1 - p(fake)),
+    # D's term negated? Its slope in the logit is -p: near 0 if D spots the fakes, so a
+    # losing G hardly learns (it saturates). The slope of -log p is p - 1: near -1.
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
         new_fake_logits = discriminator(fake)  # D has changed since (1)
-        loss_g = bce(new_fake_logits, ones)  # nothing asks for variety: G may collapse
+        loss_g = bce(new_fake_logits, ones)  # variety comes only via D: G may collapse
     opt_g.zero_grad()
     loss_g.backward()
     opt_g.step()
@@ -191,8 +191,8 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
 def r1_penalty(discriminator, real):
     """Returns the mean of |d logit / d image|^2 over real images, a scalar.
 
-    In D's loss it flattens D around real images: a steep D throws the fakes past them
-    again and again (Mescheder et al. 2018). In float32: bfloat16 is too coarse for it.
+    In D's loss it flattens D around real images: if D is steep there, fakes overshoot
+    them to and fro (Mescheder et al. 2018). In float32: bfloat16 is too coarse for it.
     With BatchNorm in D it is only nearly R1: there a logit depends on the whole batch.
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
@@ -249,7 +249,7 @@ def train(args, device, bf16, data, checkpoint):
         "opt_d": opt_d,
     }
     history = checkpoint.get("history", [])
-    for name in modules if checkpoint else ():  # on --resume, else none
+    for name in modules if checkpoint else ():  # nothing to load in a new run
         modules[name].load_state_dict(checkpoint[name])
     if not history:
         save_checkpoint(args, modules, history)
