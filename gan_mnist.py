@@ -151,7 +151,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z)
-        # Two calls: BatchNorm (in ConvDiscriminator) takes the batch's mean and variance
+        # Two calls: BatchNorm (in ConvDiscriminator) takes the batch's mean and spread
         # out, so fakes beside real images would get other logits than alone in (2).
         real_logits = discriminator(real)
         # detach() cuts G off: else loss_d.backward() would run on into G, and free the
