@@ -15,10 +15,10 @@ fool D. G never sees a real image: it learns by the gradient of D's logit.
 Each -log is a mean binary cross-entropy. The losses do not measure image quality, so:
 - Healthy, as the default run ends: loss_d 1.29, loss_g 0.75 (if p = 0.5: 1.39, 0.69),
   acc_real and acc_fake (D is right) 0.7, fool_rate (D is wrong on fakes) 0.3, coverage
-  (real images near a fake) 0.98; other real digits reach 0.97, 0s to 3s alone 0.57.
+  (real images near a fake) 0.98. Real digits in place of fakes 0.97, 0s to 3s 0.57.
 - D has won (try --lr 0.02 --out-dir runs/won): loss_d and fool_rate go to 0, loss_g up,
   both accuracies to 1, and coverage stays near 0.
-- Mode collapse: grids repeat a few images; coverage is far below 0.98, at any loss.
+- Mode collapse: G fools D with a few images. Coverage is far below 0.98, at any loss.
 
     python gan_mnist.py --toy --out-dir runs/toy           # 1 min, without a download
     python gan_mnist.py                                    # 4 min on two CPU cores
@@ -151,8 +151,8 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z)
-        # Two calls: BatchNorm (in ConvDiscriminator) takes the batch's mean and spread
-        # out, so fakes beside real images would get other logits than alone in (2).
+        # Two calls: BatchNorm (in ConvDiscriminator) normalises by batch; in a mixed
+        # one, fakes would get other logits than in (2), where D sees them alone.
         real_logits = discriminator(real)
         # detach() cuts G off: else loss_d.backward() would run on into G, and free the
         # graph that (2) needs to send loss_g through the same fakes.
@@ -165,15 +165,15 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
         (r1 * r1_penalty(discriminator, real)).backward()  # adds to D's gradients
     opt_d.step()
 
-    # (2) Update G: minimise -log p(fake). Of a real and b fake images around a point,
-    # the best D says p = a / (a + b). Fakes climb to higher p, where real ones are in
-    # the majority, at best until a = b and p = 0.5. Why not minimise log(1 - p(fake)),
+    # (2) Update G: minimise -log p(fake). Where, among similar images, a are real and b
+    # are fake, the best D says p = a / (a + b). So fakes move to where real ones are in
+    # the majority, at best until a = b, p = 0.5. Why not minimise log(1 - p(fake)),
     # D's term negated? Its slope in the logit is -p: near 0 if D spots the fakes, so a
     # losing G hardly learns (it saturates). The slope of -log p is p - 1: near -1.
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
         new_fake_logits = discriminator(fake)  # D has changed since (1)
-        loss_g = bce(new_fake_logits, ones)  # variety comes only via D: G may collapse
+        loss_g = bce(new_fake_logits, ones)  # each fake is judged alone: all may be one
     opt_g.zero_grad()
     loss_g.backward()
     opt_g.step()
@@ -196,7 +196,7 @@ def r1_penalty(discriminator, real):
     With BatchNorm in D it is only nearly R1: there a logit depends on the whole batch.
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
-    # Summed, one call gives all images' gradients; create_graph lets backward() pass.
+    # grad of the sum = each image's own grad; create_graph: differentiable once more.
     (grad,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
     return grad.square().sum() / len(real)
 
