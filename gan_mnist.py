@@ -23,7 +23,7 @@ Each -log is a mean binary cross-entropy. The losses do not measure image qualit
     python gan_mnist.py --toy --out-dir runs/toy           # 1 min, without a download
     python gan_mnist.py                                    # 4 min on two CPU cores
     python gan_mnist.py --model conv --out-dir runs/conv   # 7 min
-    python gan_mnist.py --resume --out-dir runs/conv       # go on; more: --epochs 30
+    python gan_mnist.py --resume --out-dir runs/conv       # continue (or --epochs 30)
     python gan_mnist.py --generate 100                     # in runs/gan_mnist/generated
 
 In another project, with this file, common.py and runs/gan_mnist/models/generator.pth:
@@ -340,7 +340,7 @@ def load_data(args):
         if not data.any():  # a damaged file
             raise ValueError("all pixels are 0")
         return data[: args.limit, None]
-    except Exception as error:  # torchvision raises many kinds
+    except Exception as error:  # torchvision raises many types
         sys.exit(
             f"MNIST could be neither read nor downloaded ({error!r}). If a file in "
             f"{args.data_dir}/MNIST/raw is damaged, delete train-images-idx3-ubyte and "
@@ -405,7 +405,7 @@ def load_checkpoint(path):
             f"{len(checkpoint['history'])} epochs are done; --epochs is {args.epochs}."
         )
         return checkpoint, args
-    except Exception as error:  # torch raises many kinds
+    except Exception as error:  # torch raises many types
         sys.exit(
             f"{path} is missing, damaged or not from this script ({error!r:.300}). "
             "Train first, or set --out-dir to the folder of a run."
@@ -424,7 +424,7 @@ def save_reports(args, history, images):
             writer.writeheader()
             writer.writerows(history)
     except OSError as error:
-        print(f"Warning: {error}. The run goes on, and tries again next epoch.")
+        print(f"Warning: {error}. The run continues and tries again next epoch.")
 
 
 def plot_history(history, path):
@@ -533,7 +533,7 @@ def choose_device(name):
     device = name or gpu or "cpu"
     try:
         return torch.ones(1, device=device).device
-    except Exception as error:  # torch raises many kinds
+    except Exception as error:  # torch raises many types
         if name:
             sys.exit(f"--device {name} cannot be used: {error}")
         print(f"Using the CPU, as {device} cannot be used: {error}")
