@@ -17,7 +17,7 @@ Each -log is a mean binary cross-entropy. The losses do not measure image qualit
   acc_real and acc_fake (D is right) 0.7, fool_rate (D is wrong on fakes) 0.3, coverage
   (real images near a fake) 0.98. Real digits in place of fakes 0.97, 0s to 3s 0.57.
 - D has won (try --lr 0.02 --out-dir runs/won): loss_d and fool_rate go to 0, loss_g up,
-  both accuracies to 1, and coverage stays near 0.
+  both accuracies to 1, and coverage stays near 0 (below 0.1 the epoch's line warns).
 - Mode collapse: G fools D with a few images. Coverage is far below 0.98, at any loss.
 
     python gan_mnist.py --toy --out-dir runs/toy           # 1 min, without a download
@@ -26,7 +26,7 @@ Each -log is a mean binary cross-entropy. The losses do not measure image qualit
     python gan_mnist.py --resume --out-dir runs/conv       # continue (or --epochs 30)
     python gan_mnist.py --generate 100                     # in runs/gan_mnist/generated
 
-In another project, with this file, common.py and runs/gan_mnist/models/generator.pth:
+Elsewhere, with the packages below, this file, common.py and models/generator.pth:
 
     import gan_mnist, torch
     generator = gan_mnist.MLPGenerator(latent_dim=100)  # ConvGenerator for --model conv
@@ -507,7 +507,11 @@ def parse_args(**settings):
     flag("--seed", type=int, default=0, help="random seed (%(default)s)")
     flag("--device", help="cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
     flag("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (if native)")
-    flag("--resume", action="store_true", help="continue the run in --out-dir")
+    flag(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out-dir, its flags too",
+    )
     flag("--generate", type=positive, help="write so many images (others: --seed 1)")
     parser.set_defaults(**settings)
     args = parser.parse_args()
