@@ -12,17 +12,17 @@ fool D. G never sees a real image: it learns by the gradient of D's logit.
     loss_d = -log p(real) - log(1 - p(fake))    low if D is right on both
     loss_g = -log p(fake)                       low if D is fooled (non-saturating loss)
 
-Each -log is a mean binary cross-entropy. The losses do not measure image quality, so:
+Each -log is a mean binary cross-entropy. The losses do not measure image quality:
 - Healthy, as the default run ends: loss_d 1.29, loss_g 0.75 (if p = 0.5: 1.39, 0.69),
   acc_real and acc_fake (D is right) 0.7, fool_rate (D is wrong on fakes) 0.3, coverage
-  (real images near a fake) 0.98. Real digits in place of fakes 0.97, 0s to 3s 0.57.
+  (real images near a fake) 0.98. Real digits as fakes get 0.97; only 0s to 3s, 0.57.
 - D has won (try --lr 0.02 --out-dir runs/won): loss_d and fool_rate go to 0, loss_g up,
   both accuracies to 1, and coverage stays near 0 (below 0.1 the epoch's line warns).
 - Mode collapse: G fools D with a few images. Coverage is far below 0.98, at any loss.
 
-    python gan_mnist.py --toy --out-dir runs/toy           # 1 min, without a download
-    python gan_mnist.py                                    # 4 min on two CPU cores
-    python gan_mnist.py --model conv --out-dir runs/conv   # 7 min
+    python gan_mnist.py --toy --out-dir runs/toy           # 1:08 min, no download
+    python gan_mnist.py                                    # 4:26 min on two CPU cores
+    python gan_mnist.py --model conv --out-dir runs/conv   # 7:42 min
     python gan_mnist.py --resume --out-dir runs/conv       # continue (or --epochs 30)
     python gan_mnist.py --generate 100                     # in runs/gan_mnist/generated
 
@@ -165,15 +165,15 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
         (r1 * r1_penalty(discriminator, real)).backward()  # adds to D's gradients
     opt_d.step()
 
-    # (2) Update G: minimise -log p(fake). Where, among similar images, a are real and b
-    # are fake, the best D says p = a / (a + b). So fakes move to where real ones are in
-    # the majority, at best until a = b, p = 0.5. Why not minimise log(1 - p(fake)),
+    # (2) Update G: minimise -log p(fake). Of similar images, if R are real and F fake,
+    # the best D says p = R / (R + F). So fakes move to where real ones are the majority,
+    # at best until R = F and p = 0.5. Why not minimise log(1 - p(fake)), which is
     # D's term negated? Its slope in the logit is -p: near 0 if D spots the fakes, so a
     # losing G hardly learns (it saturates). The slope of -log p is p - 1: near -1.
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
         new_fake_logits = discriminator(fake)  # D has changed since (1)
-        loss_g = bce(new_fake_logits, ones)  # each fake is judged alone: all may be one
+        loss_g = bce(new_fake_logits, ones)  # nothing asks for variety: all may be one
     opt_g.zero_grad()
     loss_g.backward()
     opt_g.step()
@@ -499,7 +499,9 @@ def parse_args(**settings):
     flag("--lr", type=float, default=2e-3, help="first learning rate (%(default)s)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")
-    flag("--sample-every", type=positive, default=1, help="epochs a grid (%(default)s)")
+    flag(
+        "--sample-every", type=positive, default=1, help="epochs per grid (%(default)s)"
+    )
     flag("--data-dir", default="data", help="where MNIST is or goes (%(default)s)")
     flag("--out-dir", default=f"runs/{Path(__file__).stem}", help="files (%(default)s)")
     flag("--limit", type=positive, help="use only so many images (all)")
@@ -507,11 +509,7 @@ def parse_args(**settings):
     flag("--seed", type=int, default=0, help="random seed (%(default)s)")
     flag("--device", help="cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
     flag("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (if native)")
-    flag(
-        "--resume",
-        action="store_true",
-        help="continue the run in --out-dir, its flags too",
-    )
+    flag("--resume", action="store_true", help="continue the run in --out-dir")
     flag("--generate", type=positive, help="write so many images (others: --seed 1)")
     parser.set_defaults(**settings)
     args = parser.parse_args()
