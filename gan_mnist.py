@@ -166,7 +166,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     opt_d.step()
 
     # (2) Update G: minimise -log p(fake). Of similar images, if R are real and F fake,
-    # the best D says p = R / (R + F). So fakes move to where real ones are the majority,
+    # the best D says p = R / (R + F). So fakes move to where real ones outnumber them,
     # at best until R = F and p = 0.5. Why not minimise log(1 - p(fake)), which is
     # D's term negated? Its slope in the logit is -p: near 0 if D spots the fakes, so a
     # losing G hardly learns (it saturates). The slope of -log p is p - 1: near -1.
