@@ -399,7 +399,7 @@ def load_checkpoint(path):
             if vars(args)[name] != settings[name]:
                 sys.exit(
                     f"This run has --{name.replace('_', '-')} {settings[name]}, which "
-                    "stays: leave the flag out, or start anew in another --out-dir."
+                    "stays: leave it out, or start a new run in another --out-dir."
                 )
         print(
             f"{len(checkpoint['history'])} epochs are done; --epochs is {args.epochs}."
@@ -424,7 +424,7 @@ def save_reports(args, history, images):
             writer.writeheader()
             writer.writerows(history)
     except OSError as error:
-        print(f"Warning: {error}. The run continues and tries again next epoch.")
+        print(f"Warning: {str(error)!a}. The run continues and tries again.")
 
 
 def plot_history(history, path):
@@ -459,7 +459,7 @@ def save_gif(args):
                 loop=0,
             )
     except OSError as error:
-        print(f"Warning: {error}. progress.gif is missing or old.")
+        print(f"Warning: {str(error)!a}. progress.gif is missing or old.")
 
 
 def show_progress(args, step, epoch_steps, start):

@@ -775,10 +775,11 @@ class MnistTest(Folder):
         self.assertTrue(all(value.isfinite().all() for value in average.values()))
 
     def test_a_report_that_cannot_be_written_does_not_end_the_run(self):
-        out = self.copy_run()
+        out = shutil.copytree(self.runs / "mlp", self.folder / "Bilder \u00e4")
         (out / "history.csv").unlink()
         (out / "history.csv").mkdir()  # stands in for a file that a spreadsheet holds open
-        text = self.resume(out, "--epochs", 4)
+        with mock.patch.dict(os.environ, PYTHONIOENCODING="ascii"):
+            text = run("gan_mnist.py", "--resume", "--epochs", 4, "--out-dir", out)
         self.assertIn("Warning", text)
         self.assertIn("history.csv", text)
         self.assertEqual(self.epochs(out), 4)
