@@ -1,319 +1,577 @@
-"""A DCGAN in colour: CIFAR-10, and the rules of Radford et al. 2015 (sections 3 and 4).
+"""A DCGAN in colour: CIFAR-10, by the rules of Radford et al. 2015.
 
-    1  No pooling: strided convolutions halve a picture in D, transposed ones double it in G.
-    2  No dense hidden layers. (Channels are 48 to 192 here, kernels 4 wide, for speed on a CPU.)
-    3  BatchNorm after each hidden layer but D's first.
-    4  ReLU in G, tanh at its end; LeakyReLU with a slope of 0.2 in D.
-    5  Weights from N(0, 0.02); Adam with beta1 of 0.5, learning rate 0.0002 (here 0.001, falling).
-    +  R1, not theirs: without it, from 0.002, BatchNorm showed D whether a batch was real: D won.
+Its rules, named where they stand below, made GANs with deep convolutional networks
+train stably, and are where most image GANs began:
 
-    python dcgan_cifar10.py --toy --out-dir runs/toy_cifar10      # no download
-    python dcgan_cifar10.py                                       # add --resume or --generate 64
-    python dcgan_cifar10.py --conditional --out-dir runs/classes  # a class per row
+1. No pooling: strided convolutions halve images in D, transposed ones double in G.
+2. No dense hidden layers.
+3. BatchNorm after each layer but G's last and D's first and last.
+4. ReLU in G, with tanh at its end; LeakyReLU with a slope of 0.2 in D.
+5. Weights from N(0, 0.02), and Adam with beta1 of 0.5, and rate 0.0002.
+
+Not theirs: 48 to 192 channels for their 128 to 1024, and kernels of 4, not 5, for a
+CPU; labels; the average; a rate of 0.001 that falls to 0; and R1, see r1_penalty().
+
+    python dcgan_cifar10.py --toy --out-dir runs/toy              # letters, no download
+    python dcgan_cifar10.py --epochs 7 --out-dir runs/short       # 7 min on two cores
+    python dcgan_cifar10.py                                       # 55 min
+    python dcgan_cifar10.py --conditional --out-dir runs/classes  # one row per class
+
+Elsewhere, with the packages below, this file, common.py and models/generator.pth:
+
+    import dcgan_cifar10, torch
+    generator = dcgan_cifar10.Generator(latent_dim=100)
+    generator.load_state_dict(torch.load("generator.pth", "cpu", weights_only=True))
+    labels = torch.zeros(64, dtype=torch.int64)  # if --conditional: 0 to 9
+    images = dcgan_cifar10.sample(generator, torch.randn(64, 100), labels)
 """
+
 import argparse
-import io
+import copy
+import csv
+import math
+import os
+import socket
 import sys
 import time
-import zipfile
-from contextlib import suppress
 from pathlib import Path
 
-import matplotlib.figure
-import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.nn.functional import one_hot, softplus
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
+from torch.optim import Adam
 from torchvision.datasets import CIFAR10
+from torchvision.transforms import PILToTensor, RandomCrop, ToPILImage
 
-from common import init_weights, save_grid
+from common import init_weights, save_grid  # DCGAN's initial weights; a grid of images
+
+R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
+R1_WEIGHT = 0.8  # 16 x 0.05, which makes up for it (Karras et al. 2020)
+AVERAGE_DECAY = 0.998  # the average spans about 500 steps, see update_average
+CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+LETTERS = "AHIMOTUVWX"  # the classes of --toy
+
+# ---- networks (the comments are output shapes, without the batch's N) ----------------
 
 
-def number(kind, least, below=float("inf")):
-    """Returns an argparse type: a number of that kind (int or float) in [least, below)."""
-    def number(text):  # the name that argparse shows in its message
-        if not least <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{least}, {below})")
-        return kind(text)
-    return number
+class Generator(nn.Sequential):
+    """Latent vectors N x latent_dim, labels N (0 to 9) to images N x 3 x 32 x 32."""
+
+    def __init__(self, latent_dim=100):
+        super().__init__(  # rules 2, 3 and 4
+            nn.ConvTranspose2d(latent_dim + 10, 192, 4),  # 192 x 4 x 4; 10 classes
+            nn.BatchNorm2d(192),
+            nn.ReLU(),
+            nn.ConvTranspose2d(192, 96, 4, 2, 1),  # 96 x 8 x 8 (kernel, stride, pad)
+            nn.BatchNorm2d(96),
+            nn.ReLU(),
+            nn.ConvTranspose2d(96, 48, 4, 2, 1),  # 48 x 16 x 16, rule 1
+            nn.BatchNorm2d(48),
+            nn.ReLU(),
+            nn.ConvTranspose2d(48, 3, 4, 2, 1),  # 3 x 32 x 32
+            nn.Tanh(),  # to [-1, 1]
+        )
+
+    def forward(self, z, labels):
+        # The label as a one-hot vector: a 1 among nine 0s.
+        z = torch.cat([z, nn.functional.one_hot(labels, 10)], 1)
+        return super().forward(z[:, :, None, None])  # rule 2: as an image of 1 x 1
 
 
-def parse_args(settings=None):
-    """Returns the flags; those not given come from a checkpoint's settings, where passed."""
-    parser = argparse.ArgumentParser(usage="python dcgan_cifar10.py [flags]; -h lists them")
-    flag, count = parser.add_argument, number(int, 1)
-    flag("--conditional", action="store_true", help="show G and D the class of a picture")
-    flag("--epochs", type=count, help="passes over the data (50; 12 with --toy)")
-    flag("--batch-size", type=number(int, 2), default=64, help="real pictures per update (64)")
-    flag("--lr", type=number(float, 1e-9), default=1e-3, help="learning rate, falling to 0 (0.001)")
-    flag("--beta1", type=number(float, 0, 1), default=0.5, help="Adam's beta1 (0.5)")
-    flag("--latent-dim", type=count, default=100, help="numbers in a latent vector z (100)")
-    flag("--sample-every", type=count, default=1, help="epochs from one saved grid to the next (1)")
-    flag("--data-dir", default="data", help="the data set's folder, filled by download (data)")
-    flag("--out-dir", default="runs/dcgan_cifar10", help="output folder (runs/dcgan_cifar10)")
-    flag("--limit", type=count, metavar="N", help="use only the first N pictures (all)")
-    flag("--toy", action="store_true", help="learn letters drawn on the spot, without a download")
-    flag("--seed", type=number(int, 0, 2**32), default=0, help="random seed (0)")
-    flag("--device", help="cpu, cuda, cuda:1, mps ... (an accelerator if there is one)")
-    flag("--bf16", action=argparse.BooleanOptionalAction, help="compute in bfloat16 (if native)")
-    flag("--compile", action="store_true", help="torch.compile both (needs a C++ compiler)")
-    flag("--resume", action="store_true", help="go on with the run in --out-dir")
-    flag("--generate", type=count, metavar="N", help="only draw N pictures by the run in --out-dir")
-    args = parser.parse_args(namespace=argparse.Namespace(**(settings or {})))
+class Discriminator(nn.Sequential):
+    """Images N x 3 x 32 x 32 in [-1, 1] and labels N to logits N x 1."""
+
+    def __init__(self):
+        super().__init__(  # rules 2, 3 and 4
+            nn.Conv2d(3, 48, 4, 2, 1),  # 48 x 16 x 16, rule 1
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(48, 96, 4, 2, 1),  # 96 x 8 x 8
+            nn.BatchNorm2d(96),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(96, 192, 4, 2, 1),  # 192 x 4 x 4
+            nn.BatchNorm2d(192),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(192, 10, 4),  # 10 x 1 x 1, one logit per class
+            nn.Flatten(),  # 10
+        )
+
+    def forward(self, x, labels):
+        # Each class has a logit of its own: of a boot, only "a real boot?" counts.
+        return super().forward(x).gather(1, labels[:, None])
+
+
+# ---- training ------------------------------------------------------------------------
+
+
+def train_step(
+    generator, discriminator, opt_g, opt_d, real, y, z, r1=False, bf16=False
+):
+    """Updates D once, then G once, and returns a dict of scalar tensors.
+
+    real: images N x 3 x 32 x 32 in [-1, 1]; y: their labels, N, which the fakes get,
+    too; z: latent vectors N x latent_dim; r1: adds the R1 penalty to D's loss; bf16:
+    bfloat16 mixed precision.
+    """
+    autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
+    # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
+    with autocast:
+        fake = generator(z, y)
+        # Two calls: in a mixed batch, BatchNorm would give fakes other logits than in
+        # (2), where D sees them alone.
+        real_logits = discriminator(real, y)
+        # detach() cuts G off: loss_d is not for G, and (2) needs the fakes' graph.
+        fake_logits = discriminator(fake.detach(), y)
+        ones = torch.ones_like(real_logits)
+        loss_d = bce(real_logits, ones) + bce(fake_logits, 1 - ones)
+    opt_d.zero_grad()
+    loss_d.backward()
+    if r1:
+        r1_penalty(discriminator, real, y).backward()  # adds to D's gradients
+    opt_d.step()
+
+    # (2) Update G: minimise -log p(fake).
+    discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
+    with autocast:
+        new_fake_logits = discriminator(fake, y)  # D has changed since (1)
+        loss_g = bce(new_fake_logits, ones)  # nothing asks for variety: all may be one
+    opt_g.zero_grad()
+    loss_g.backward()
+    opt_g.step()
+    discriminator.requires_grad_(True)
+
+    return {  # tensors: .item(), which waits for the GPU, comes once per epoch
+        "loss_d": loss_d.detach(),  # without R1
+        "loss_g": loss_g.detach(),
+        "acc_real": (real_logits > 0).float().mean(),  # share with p > 0.5
+        "acc_fake": (fake_logits < 0).float().mean(),  # share with p < 0.5
+        "fool_rate": (new_fake_logits > 0).float().mean(),  # by the updated D
+    }
+
+
+def r1_penalty(discriminator, real, y):
+    """Returns R1_WEIGHT times the mean of |d logit / d image|^2 over real images.
+
+    It flattens D around real images (Mescheder et al. 2018); gan_mnist.py says why, and
+    why it is only nearly R1 with BatchNorm in D. In float32: bfloat16 is too coarse.
+    """
+    real = real[::2].requires_grad_()  # half of the batch, to save time
+    logits = discriminator(real, y[::2])
+    # grad of the sum = each image's own grad; create_graph: differentiable once more.
+    (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+    return R1_WEIGHT * grad.square().sum() / len(real)
+
+
+def update_average(average, generator, step):
+    """Moves the average a little towards the generator (Yazici et al. 2019)."""
+    decay = min(AVERAGE_DECAY, step / (step + 9))  # soon forgets the untrained weights
+    new = generator.state_dict()
+    for name, value in average.state_dict().items():  # changed in place
+        if value.is_floating_point():  # not BatchNorm's counter
+            value.lerp_(new[name], 1 - decay)
+
+
+def coverage(real, fake):
+    """Returns the share of the real images that the fakes cover, in [0, 1].
+
+    A real image is covered if a fake is closer to it than its own 5th nearest real one
+    (Naeem et al. 2020). Both are N x C x H x W, compared by pixels: blur scores well.
+    """
+    real = real.flatten(1)
+    radius = torch.cdist(real, real).kthvalue(min(6, len(real))).values  # 1st: itself
+    return (torch.cdist(real, fake.flatten(1)).amin(1) < radius).float().mean().item()
+
+
+def train(args, device, bf16, data, labels, checkpoint):
+    """Trains on data, uint8 N x 3 x 32 x 32, and writes all results to args.out_dir.
+
+    labels: N, 0 to 9; checkpoint: dict of a run to resume, or {}. Raises
+    FloatingPointError and OSError.
+    """
+    torch.manual_seed(args.seed)
+    real_images = data[torch.randperm(len(data))[:1000]] / 127.5 - 1
+    fixed_z = torch.randn(1000, args.latent_dim)  # for all epochs
+    fixed_labels = torch.arange(1000) // 8 % 10 * args.conditional  # False: all 0
+    # Channels-last layout is faster, but not on a Mac's GPU.
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    generator = Generator(args.latent_dim)
+    discriminator = Discriminator()
+    # Channels-last layout is faster, but BatchNorm on a Mac's GPU may not have it.
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    for network in (generator, discriminator):
+        network.apply(init_weights).to(device, memory_format=layout)  # rule 5
+    average = copy.deepcopy(generator)
+    # beta1 is 0.5, not 0.9: old gradients mislead, as the opponent has moved since.
+    opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
+    opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
+    modules = {
+        "generator": generator,
+        "discriminator": discriminator,
+        "average": average,
+        "opt_g": opt_g,
+        "opt_d": opt_d,
+    }
+    history = checkpoint.get("history", [])
+    if checkpoint:
+        for name in modules:
+            modules[name].load_state_dict(checkpoint[name])
+    fakes = sample(average, fixed_z, fixed_labels)
+    shown = 80 if args.conditional else 64  # of 8 columns
+    if not history:
+        save_checkpoint(args, modules, history)
+        rows = [data[labels == k][:8] for k in range(10)]  # padded with black:
+        real = nn.utils.rnn.pad_sequence(rows, batch_first=True) / 127.5 - 1
+        save_grid(real.flatten(0, 1), f"{args.out_dir}/images/real.png", real.size(1))
+        save_grid(fakes[:shown], f"{args.out_dir}/images/epoch_000.png")
+
+    epoch_steps = len(data) // args.batch_size  # without the last, shorter batch
+    step = len(history) * epoch_steps
+    data = data.to(device, memory_format=layout)
+    labels = labels.to(device) * args.conditional
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        start = time.perf_counter()
+        torch.manual_seed(args.seed * 10_000 + epoch)  # the same when resumed
+        results = []
+        order = torch.randperm(len(data), device=device)
+        for indices in order.split(args.batch_size)[:epoch_steps]:
+            lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
+            opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
+            r1 = step % R1_INTERVAL == 0  # it is slow: rare but strong will do
+            real = data[indices] / 127.5 - 1  # to [-1, 1], like the generator's images
+            if step % 2:
+                real = real.flip(3)  # mirrored, which doubles the data
+            y = labels[indices]
+            z = torch.randn(args.batch_size, args.latent_dim, device=device)
+            results.append(
+                train_step(generator, discriminator, opt_g, opt_d, real, y, z, r1, bf16)
+            )
+            step += 1
+            update_average(average, generator, step)
+            show_progress(args, step, epoch_steps, start)
+        fakes = sample(average, fixed_z, fixed_labels)  # of the average, as are grids
+        row = {"epoch": epoch}
+        for name in results[0]:
+            row[name] = sum(result[name] for result in results).item() / epoch_steps
+        row["coverage"] = coverage(real_images, fakes)
+        row["seconds"] = time.perf_counter() - start
+        row["images_per_s"] = epoch_steps * args.batch_size / row["seconds"]
+        if not math.isfinite(sum(row.values())):
+            raise FloatingPointError("A loss is not finite: resume with a smaller --lr")
+        history.append(row)
+        save_reports(args, history, fakes[:shown])  # images/, losses.png, history.csv
+        save_checkpoint(args, modules, history)  # models/; generator.pth is the average
+        print_epoch(args, row)
+
+
+# ---- sampling ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(generator, z, labels):
+    """Returns images N x 3 x 32 x 32 in [-1, 1], on the CPU, for z and labels of N.
+
+    In evaluation mode BatchNorm uses its running statistics; in training mode an image
+    would depend on the others in its batch. Afterwards the mode is as it was.
+    """
+    was_training = generator.training
+    device = next(generator.parameters()).device
+    generator.eval()
+    images = generator(z.to(device), labels.to(device)).cpu()
+    generator.train(was_training)
+    return images
+
+
+def generate(args, device, checkpoint):
+    """Writes args.generate images, class by class in turn, a grid and a latent walk."""
+    generator = Generator(args.latent_dim).to(device)
+    generator.load_state_dict(checkpoint["average"])
+    folder = f"{args.out_dir}/generated"
+    if os.path.exists(folder):
+        raise FileExistsError(f"{folder} exists: rename or delete it first")
+    torch.manual_seed(args.seed + 1)  # not the z of training's grids
+    labels = torch.arange(80) // 8 * args.conditional  # one row per class
+    z = torch.randn(80, args.latent_dim)
+    save_grid(sample(generator, z, labels), f"{folder}_grid.png")
+    # Each row leads from z1 to z2 on a quarter circle. As cos^2 + sin^2 = 1, its z are
+    # normal as in training; halfway on a straight line the variance would be 1/2.
+    z1, z2 = torch.randn(2, 10, 1, args.latent_dim)
+    angle = torch.linspace(0, math.pi / 2, 8)[:, None]  # 8 x 1, and z1 10 x 1 x dim
+    z = (z1 * angle.cos() + z2 * angle.sin()).flatten(0, 1)
+    save_grid(sample(generator, z, labels), f"{args.out_dir}/latent_walk.png")
+    names = LETTERS if args.toy else CLASSES
+    for i, z in enumerate(torch.randn(args.generate, 1, args.latent_dim)):
+        k = i % 10 * args.conditional
+        place = f"{folder}/{k}_{names[k]}" if args.conditional else folder
+        os.makedirs(place, exist_ok=True)
+        image = sample(generator, z, torch.tensor([k]))[0]
+        ToPILImage()((image + 1) / 2).save(f"{place}/{i:05d}.png")
+
+
+# ---- from here on, nothing is about GANs: data, files, flags and main ----------------
+
+
+def load_data(args):
+    """Returns images, uint8 N x 3 x 32 x 32, and labels N, of the training set."""
+    if args.toy:
+        return draw_letters(args.limit or 6000)
+    socket.setdefaulttimeout(60)  # a server that is silent for a minute will not answer
+    try:
+        data = CIFAR10(args.data_dir, download=True)
+        images = torch.from_numpy(data.data[: args.limit]).permute(0, 3, 1, 2)
+        return images, torch.tensor(data.targets[: args.limit])
+    except Exception as error:  # torchvision raises many types
+        sys.exit(
+            f"CIFAR-10 could be neither read nor downloaded ({error!r}). If a file is "
+            f"damaged, delete {args.data_dir}/cifar-10-batches-py and try again. If "
+            f"there is no internet, put {CIFAR10.filename} into {args.data_dir} by "
+            f"hand, or learn synthetic letters: python {sys.argv[0]} --toy"
+        )
+
+
+def draw_letters(count):
+    """Draws letters that a mirror does not change, in varied colours and places."""
+    torch.manual_seed(0)
+    vary = RandomCrop(32)
+    font = ImageFont.load_default(24)
+    images = []
+    for i in range(count):
+        ink = f"hsl({torch.randint(360, ()).item()}, 80%, 75%)"
+        paper = f"hsl({torch.randint(360, ()).item()}, 80%, 25%)"
+        image = Image.new("RGB", (40, 40), paper)
+        ImageDraw.Draw(image).text((20, 20), LETTERS[i % 10], ink, font, anchor="mm")
+        images.append(PILToTensor()(vary(image)))
+    return torch.stack(images), torch.arange(count) % 10
+
+
+# ---- files ---------------------------------------------------------------------------
+
+
+def save_checkpoint(args, modules, history):
+    """Writes models/: the checkpoint, and both networks by themselves for later use."""
+    not_saved = ("out_dir", "data_dir", "device", "resume", "generate")
+    settings = {
+        name: value for name, value in vars(args).items() if name not in not_saved
+    }
+    checkpoint = {"settings": settings, "history": history}
+    for name, module in modules.items():
+        checkpoint[name] = module.state_dict()
+    save(checkpoint["average"], f"{args.out_dir}/models/generator.pth")
+    save(checkpoint["discriminator"], f"{args.out_dir}/models/discriminator.pth")
+    save(checkpoint, f"{args.out_dir}/models/checkpoint.pth")
+
+
+def save(content, path):
+    """Writes a file atomically: after a kill it is whole, either the old or the new."""
+    try:
+        torch.save(content, f"{path}.tmp")
+    except RuntimeError as error:
+        raise OSError(f"{path} could not be written (is the disk full?)") from error
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path):
+    """Returns the checkpoint and the flags, with its settings in place of defaults."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        settings = checkpoint["settings"]
+        args = parse_args(**settings)
+        for name in ("conditional", "latent_dim", "beta1", "toy"):
+            if vars(args)[name] != settings[name]:
+                sys.exit(
+                    f"This run has --{name.replace('_', '-')} {settings[name]}, which "
+                    "stays: leave it out, or start a new run in another --out-dir."
+                )
+        print(
+            f"{len(checkpoint['history'])} epochs are done; --epochs is {args.epochs}."
+        )
+        return checkpoint, args
+    except Exception as error:  # torch raises many types
+        sys.exit(
+            f"{path} is missing, damaged or not from this script ({error!r:.300}). "
+            "Train first, or set --out-dir to the folder of a run."
+        )
+
+
+def save_reports(args, history, images):
+    """Writes the epoch's grid, losses.png and history.csv. An error is only printed."""
+    epoch = len(history)
+    try:
+        if epoch % args.sample_every == 0 or epoch == args.epochs:
+            save_grid(images, f"{args.out_dir}/images/epoch_{epoch:03d}.png")
+        plot_history(history, f"{args.out_dir}/losses.png")
+        with open(f"{args.out_dir}/history.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, history[0])
+            writer.writeheader()
+            writer.writerows(history)
+    except OSError as error:
+        print(f"Warning: {str(error)!a}. The run continues and tries again.")
+
+
+def plot_history(history, path):
+    """Plots the losses on the left, and what lies between 0 and 1 on the right."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.axhline(1.386, linestyle=":", label="D guesses")
+    left.axhline(0.693, linestyle=":")
+    right.set_ylim(0, 1)
+    for name in list(history[0])[1:7]:
+        axes = left if name.startswith("loss") else right
+        axes.plot(
+            range(1, len(history) + 1), [row[name] for row in history], label=name
+        )
+        axes.set_xlabel("epoch")
+        axes.locator_params("x", integer=True)
+        axes.legend()
+    figure.savefig(path)
+
+
+def save_gif(args):
+    """Writes progress.gif from the saved grids. An error is only printed."""
+    try:
+        files = sorted(Path(f"{args.out_dir}/images").glob("epoch_*.png"))
+        frames = [Image.open(file) for file in files]
+        if frames:
+            frames[0].save(
+                f"{args.out_dir}/progress.gif",
+                append_images=frames[1:],
+                save_all=True,
+                duration=200,
+                loop=0,
+            )
+    except OSError as error:
+        print(f"Warning: {str(error)!a}. progress.gif is missing or old.")
+
+
+def show_progress(args, step, epoch_steps, start):
+    """Rewrites the last line of a terminal."""
+    if sys.stdout.isatty():
+        speed = (step % epoch_steps or epoch_steps) / (time.perf_counter() - start)
+        print(
+            f"step {step}/{args.epochs * epoch_steps}  {speed:.1f} steps/s "
+            f"{(args.epochs * epoch_steps - step) / speed:.0f} s left   ",
+            end="\r",
+            flush=True,
+        )
+
+
+def print_epoch(args, row):
+    """Prints an epoch's numbers, and a warning if hardly any real image is covered."""
+    print(
+        f"epoch {row['epoch']}/{args.epochs}  loss_d {row['loss_d']:.3f}  loss_g "
+        f"{row['loss_g']:.3f}  acc_real {row['acc_real']:.2f}  acc_fake "
+        f"{row['acc_fake']:.2f}  fool_rate {row['fool_rate']:.2f}  coverage "
+        f"{row['coverage']:.2f}  {row['seconds']:.1f} s  {row['images_per_s']:,.0f} "
+        f"images/s{'  LOW COVERAGE' if row['coverage'] < 0.1 else ''}",
+        flush=True,
+    )
+
+
+# ---- flags and main ------------------------------------------------------------------
+
+
+def parse_args(**settings):
+    """Returns the flags; settings, of a checkpoint, take the place of the defaults."""
+    parser = argparse.ArgumentParser()
+    flag = parser.add_argument
+    flag("--conditional", action="store_true", help="show G and D an image's class")
+    flag("--epochs", type=positive, help="passes over the data (50; toy 12)")
+    flag("--batch-size", type=positive, default=64, help="images a step (%(default)s)")
+    flag("--lr", type=float, default=1e-3, help="first learning rate (%(default)s)")
+    flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
+    flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")
+    flag("--sample-every", type=positive, default=1, help="epochs a grid (%(default)s)")
+    flag("--data-dir", default="data", help="where images are or goes (%(default)s)")
+    flag("--out-dir", default=f"runs/{Path(__file__).stem}", help="files (%(default)s)")
+    flag("--limit", type=positive, help="use only so many images (all)")
+    flag("--toy", action="store_true", help="learn synthetic letters, with no download")
+    flag("--seed", type=int, default=0, help="random seed (%(default)s)")
+    flag("--device", help="cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
+    flag("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (if native)")
+    flag("--resume", action="store_true", help="continue the run in --out-dir")
+    flag("--generate", type=positive, help="write so many images (others: --seed 1)")
+    parser.set_defaults(**settings)
+    args = parser.parse_args()
+    if not args.lr > 0 or not 0 <= args.beta1 < 1:
+        parser.error(
+            f"--lr {args.lr} is not above 0 or --beta1 {args.beta1} not in [0, 1)"
+        )
     args.epochs = args.epochs or (12 if args.toy else 50)
     return args
 
 
-def load_data(args):
-    """Returns the 50,000 training pictures, or toy ones, uint8 N x 3 x 32 x 32, and labels N."""
-    if args.toy:  # letters in matplotlib's fonts (not Display), of random colours, places, angles
-        files = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVuS*[!y].ttf")
-        fonts = [ImageFont.truetype(str(file), 26) for file in sorted(files)]
-        rng, pictures = np.random.default_rng(0), []
-        for i in range(min(args.limit or 6000, 6000)):
-            ink, paper = (f"hsl({rng.integers(360)}, 80%, {light}%)" for light in (75, 25))
-            tile, place = Image.new("RGB", (32, 32), paper), tuple(rng.uniform(14, 18, 2))
-            ImageDraw.Draw(tile).text(place, chr(65 + i % 10), ink, rng.choice(fonts), anchor="mm")
-            pictures.append(np.array(tile.rotate(rng.uniform(-12, 12), fillcolor=paper)))
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), torch.arange(i + 1) % 10
+def positive(text):
+    """Returns a flag's text as a whole number from 1 up."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def choose_device(name):
+    """Returns the device of that name; without one, a GPU that works, or the CPU."""
+    device = (
+        name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    )
     try:
-        data = CIFAR10(args.data_dir, train=True, download=True)
-        data, labels = torch.from_numpy(data.data).contiguous(), torch.tensor(data.targets)
-        return data[:args.limit].permute(0, 3, 1, 2), labels[:args.limit]
-    except Exception as error:  # torchvision raises many kinds
-        sys.exit(f"CIFAR-10 cannot be read from {args.data_dir} nor fetched: {error}\nPut "
-                 f"{CIFAR10.filename} there by hand, or try: python dcgan_cifar10.py --toy")
+        return torch.ones(1, device=device).device
+    except Exception as error:  # torch raises many types
+        if name:
+            sys.exit(f"--device {name} cannot be used: {error}")
+        print(f"Using the CPU, as {device} cannot be used: {error}")
+        return torch.device("cpu")
 
 
-class Generator(nn.Sequential):
-    """Latent vectors N x latent_dim, and labels N if classes > 0, to N x 3 x 32 x 32 in [-1, 1]."""
-    def __init__(self, latent_dim=100, classes=0):
-        up = dict(kernel_size=4, stride=2, padding=1)  # rule 1
-        super().__init__(  # rules 2, 3 and 4
-            nn.ConvTranspose2d(latent_dim + classes, 192, 4, bias=False),
-            nn.BatchNorm2d(192), nn.ReLU(),                                             # 192x4x4
-            nn.ConvTranspose2d(192, 96, **up, bias=False), nn.BatchNorm2d(96), nn.ReLU(),   # 96x8x8
-            nn.ConvTranspose2d(96, 48, **up, bias=False), nn.BatchNorm2d(48), nn.ReLU(),  # 48x16x16
-            nn.ConvTranspose2d(48, 3, **up), nn.Tanh())                                 # 3x32x32
-        self.classes = classes
-
-    def forward(self, z, labels=None):
-        z = torch.cat([z, one_hot(labels, self.classes)], 1) if self.classes else z
-        return super().forward(z[:, :, None, None])  # rule 2: z is a picture of 1x1
+def has_bfloat16(device):
+    """Tells whether the device has bfloat16 in hardware; without, float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11
+    return device.type == "cpu" and capabilities.get("avx512_bf16", False)
 
 
-class Discriminator(nn.Sequential):
-    """Pictures N x 3 x 32 x 32 in [-1, 1], and labels N if classes > 0, to logits N."""
-    def __init__(self, classes=0):
-        down = dict(kernel_size=4, stride=2, padding=1)  # rule 1
-        super().__init__(  # rules 2, 3 and 4
-            nn.Conv2d(3, 48, **down), nn.LeakyReLU(0.2),                                # 48x16x16
-            nn.Conv2d(48, 96, **down, bias=False), nn.BatchNorm2d(96), nn.LeakyReLU(0.2),   # 96x8x8
-            nn.Conv2d(96, 192, **down, bias=False), nn.BatchNorm2d(192), nn.LeakyReLU(0.2),
-            nn.Conv2d(192, max(classes, 1), 4), nn.Flatten())                   # 192x4x4 to 1x1x1
-
-    def forward(self, x, labels=None):
-        logits = super().forward(x)  # N x 1, or one for each class, of which the label picks one
-        return logits.gather(1, labels[:, None])[:, 0] if logits.size(1) > 1 else logits[:, 0]
-
-
-@torch.no_grad()
-def sample(generator, z, labels=None):
-    """Returns pictures N x 3 x 32 x 32, on the CPU, by a Generator for z N x latent_dim, labels N.
-    A new Generator needs .load_state_dict(torch.load("models/generator.pth", "cpu")) first."""
-    mode, device = generator.training, next(generator.parameters()).device
-    generator.eval()  # with BatchNorm's running statistics a picture depends on its own z alone
-    parts = zip(*(t.to(device).split(500) for t in (z, labels) if t is not None))
-    pictures = torch.cat([generator(*part).float().cpu() for part in parts])
-    generator.train(mode)
-    return pictures
-
-
-def train(args, device, bf16, data, labels, checkpoint):
-    """Trains on uint8 N x 3 x 32 x 32; raises FloatingPointError if a loss is not finite."""
-    if len(data) < args.batch_size:
-        sys.exit(f"{len(data)} pictures do not fill a batch: lower --batch-size {args.batch_size}.")
-    print(f"{len(data):,} pictures, {device}{', bfloat16' * bf16}, to {args.out_dir!a}")
-    torch.manual_seed(args.seed)
-    classes, n = (10, 10) if args.conditional else (0, 8)  # grids are n x n, with a class each row
-    fixed = torch.randn(1000, args.latent_dim), torch.arange(1000) // n % 10 * args.conditional
-    layout = dict(device=device, memory_format=torch.channels_last if device.type != "mps" else
-                  torch.contiguous_format)  # channels last is faster; on Macs BatchNorm fails in it
-    generator = Generator(args.latent_dim, classes).apply(init_weights).to(**layout)  # rule 5
-    discriminator = Discriminator(classes).apply(init_weights).to(**layout)
-    # Chasing D, G's weights circle around a balance: their average is nearer, and what we sample.
-    ema = AveragedModel(generator, use_buffers=True)
-    opt_g = torch.optim.Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
-    opt_d = torch.optim.Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
-    run = dict(generator=generator, discriminator=discriminator, ema=ema, opt_g=opt_g, opt_d=opt_d)
-    for name, part in run.items() if checkpoint else ():
-        part.load_state_dict(checkpoint[name])
-    history, images = checkpoint["history"] if checkpoint else [], Path(args.out_dir, "images")
-    save_run(args, run, history)
-    if not history:
-        rows = [data[labels == k][:n] for k in range(10)] if args.conditional else [data[:n * n]]
-        save_grid(torch.cat(rows) / 127.5 - 1, images / "real.png", n)
-        save_grid(sample(ema, *fixed)[:n * n], images / "epoch_000.png", n)
-    if args.compile:  # in place: the names in the checkpoint stay as they are
-        generator.compile(), discriminator.compile()
-    spread = lambda x, y: torch.stack([x[y == k].std(0, correction=0) for k in y.unique()]).mean()
-    real_spread = spread(data[:10_000] / 127.5, labels[:10_000] * args.conditional).item() or 1
-    autocast, began = torch.autocast(device.type, torch.bfloat16, bf16), time.perf_counter()
-    data, labels, steps = data.to(**layout), labels.to(device), len(data) // args.batch_size
-
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        torch.manual_seed(args.seed * 10_000 + epoch)  # resumed or not: the same numbers
-        order = torch.randperm(len(data), device=device)[:steps * args.batch_size]
-        means = torch.zeros(5, device=device)
-        for step, batch in enumerate(order.view(steps, args.batch_size), 1):
-            done = (epoch - 1) * steps + step - 1
-            for group in opt_g.param_groups + opt_d.param_groups:
-                group["lr"] = args.lr * (1 - done / (args.epochs * steps))  # rule 5; falls to 0
-            r1, penalty = done % 16 == 0, 0
-            x, y = data[batch] / 127.5 - 1, labels[batch]  # x in [-1, 1], the range of G's tanh
-            turned = torch.rand(len(x), 1, 1, 1, device=device) < 0.5 * (not args.toy)
-            x = torch.where(turned, x.flip(3), x)  # half of them mirrored, but for the toy letters
-            z = torch.randn(args.batch_size, args.latent_dim, device=device)
-
-            # D: minimise softplus(-D(x)) + softplus(D(G(z))) = -log p(x) - log(1 - p(G(z))), where
-            # p = sigmoid(D). Real and fake go in apart: BatchNorm sees fakes alone, as in G's step.
-            with autocast:
-                fake = generator(z, y)  # of the real pictures' classes
-                on_fake = discriminator(fake.detach(), y)  # stops at G: its graph serves G's step
-                on_real = discriminator.forward(x.requires_grad_(r1), y)  # uncompiled, as R1 needs
-            loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
-            if r1:  # R1 (Mescheder et al. 2018) keeps D from growing steep: each 16th step, 16-fold
-                grad, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
-                penalty = 16 * 0.1 / 2 * grad.square().sum((1, 2, 3)).mean()
-            opt_d.zero_grad()
-            (loss_d + penalty).backward()
-            opt_d.step()
-
-            # G: minimise softplus(-D(G(z))) = -log p(G(z)). Where D spots fakes, p near 0,
-            # it is steep, and log(1 - p) flat. D is frozen: its own gradients would be thrown away.
-            discriminator.requires_grad_(False)
-            with autocast:
-                fooled = discriminator(fake, y)
-            loss_g = softplus(-fooled.float()).mean()
-            opt_g.zero_grad()
-            loss_g.backward()
-            opt_g.step()
-            discriminator.requires_grad_(True)
-            ema.multi_avg_fn = get_ema_multi_avg_fn(min(0.998, (done + 1) / (done + 10)))
-            ema.update_parameters(generator)  # takes in 9 / (done + 10), at least 0.2 %
-            shares = [(logits > 0).float().mean() for logits in (on_real, -on_fake, fooled)]
-            means += torch.stack([loss_d.detach(), loss_g.detach(), *shares]) / steps  # no sync
-            if sys.stdout.isatty() and step % 10 == 0:
-                left, speed = args.epochs * steps - done - 1, step / (time.perf_counter() - began)
-                print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  {left / speed:.0f} s left"
-                      f"  {speed * args.batch_size:,.0f} pictures/s    ", end="\r", flush=True)
-
-        pictures, seconds = sample(ema, *fixed), time.perf_counter() - began
-        began += seconds
-        diversity = (spread(pictures, fixed[1]) / real_spread).item()  # of a class; 0: all alike
-        history.append([epoch, *means.tolist(), diversity, seconds, steps * len(z) / seconds])
-        if not np.isfinite(history[-1]).all():
-            raise FloatingPointError("A loss is not finite: go on with a smaller --lr.")
-        if epoch % args.sample_every == 0 or epoch == args.epochs:
-            save_grid(pictures[:n * n], images / f"epoch_{epoch:03d}.png", n)
-        save_run(args, run, history)
-
-
-def save_run(args, run, history):
-    """Writes models/, history.csv, losses.png and progress.gif; prints the last epoch's line."""
-    out = Path(args.out_dir)
-    settings = {name: value for name, value in vars(args).items()
-                if name not in ("out_dir", "device", "compile", "resume", "generate")}
-    states = {name: part.state_dict() for name, part in run.items()}
-    for name, content in dict(
-            checkpoint=dict(script="dcgan_cifar10", settings=settings, history=history, **states),
-            generator=run["ema"].module.state_dict(),
-            discriminator=states["discriminator"]).items():
-        # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
-        path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
-        torch.save(content, buffer)
-        path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
-        path.with_suffix(".tmp").replace(path)
-    if history:
-        header = "epoch,loss_d,loss_g,acc_real,acc_fake,fooled,diversity,seconds,images_per_s"
-        table = np.array(history)
-        np.savetxt(out / "history.csv", table, "%.6g", ",", header=header, comments="")
-        axes = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained").subplots()
-        axes.plot(table[:, 0], table[:, 1:7], label=header.split(",")[1:7])
-        axes.legend(title="by epoch", loc="upper left", bbox_to_anchor=(1, 1))
-        axes.figure.savefig(out / "losses.png")
-        files = [out / "images" / f"epoch_{i:03d}.png" for i in range(len(history) + 1)]
-        frames = [Image.open(file).copy() for file in files if file.exists()]
-        if frames:  # there are none if only the checkpoint was kept
-            frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
-                           duration=200, loop=0)
-        print("epoch {}/{}  loss D {:.3f} G {:.3f}  right on real {:.2f} fake {:.2f}  fooled {:.2f}"
-              "  diversity {:.2f}  {:.1f} s  {:,.0f} pictures/s".format(len(history), args.epochs,
-              *history[-1][1:]), " LOW DIVERSITY" * (history[-1][6] < 0.5), flush=True)
-
-
-def load_checkpoint(path):
-    """Returns the checkpoint; exits if it is missing, damaged or another script's."""
-    with suppress(Exception):  # of many kinds, by what is wrong with the file
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare the checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # it can run no code
-        if not damaged and checkpoint["script"] == "dcgan_cifar10":
-            return checkpoint
-    sys.exit(f"{path} is missing, damaged or not dcgan_cifar10.py's: train first or set --out-dir.")
-
-
-def generate(args, device, checkpoint):
-    """Writes args.generate PNG files, a grid and a walk to generated/; OSError if it cannot."""
-    ema = AveragedModel(Generator(args.latent_dim, 10 * args.conditional)).to(device)
-    ema.load_state_dict(checkpoint["ema"])
-    names = ("A B C D E F G H I J" if args.toy else
-             "airplane automobile bird cat deer dog frog horse ship truck").split()
-    folder, n = Path(args.out_dir, "generated"), 10 if args.conditional else 8
-    if folder.exists():
-        sys.exit(f"{folder} exists, and nothing is overwritten: rename or delete it first.")
-    torch.manual_seed(args.seed)
-    z, y = torch.randn(args.generate, args.latent_dim), torch.arange(args.generate) % 10
-    for i, one in enumerate(zip(z.split(1), y.split(1))):  # one by one, N may be large
-        pixels = ((sample(ema, *one)[0] + 1) * 127.5).round().byte().numpy()
-        place = folder / f"{i % 10}_{names[i % 10]}" if args.conditional else folder
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.transpose(1, 2, 0)).save(place / f"{i:05d}.png")
-    z, y = torch.randn(n * n, args.latent_dim), torch.arange(n * n) // n
-    save_grid(sample(ema, z, y), folder / "grid.png", n)
-    a, b = torch.randn(2, n, 1, args.latent_dim)
-    t = torch.linspace(0, torch.pi / 2, n)[:, None]  # quarter circle: a line would come near 0
-    save_grid(sample(ema, (a * t.cos() + b * t.sin()).flatten(0, 1), y), folder / "walk.png", n)
+def explain(error, args):
+    """Returns what to tell the user of an error that is no bug; raises a bug again."""
+    reason = str(error) or "Stopped"
+    if "to allocate" in reason:
+        reason = f"Out of memory: add --batch-size {args.batch_size // 2}"
+    elif "state_dict" in reason:
+        reason = "The networks in this script do not fit the checkpoint (edited?)"
+    elif not isinstance(error, (KeyboardInterrupt, OSError, FloatingPointError)):
+        raise error
+    if Path(f"{args.out_dir}/models/checkpoint.pth").exists() and not args.generate:
+        reason += f'. Resume: python {sys.argv[0]} --resume --out-dir "{args.out_dir}"'
+    return f"\n{reason}"
 
 
 def main():
-    args, checkpoint = parse_args(), None
-    out, saved = Path(args.out_dir), Path(args.out_dir, "models", "checkpoint.pth")
+    args = parse_args()
+    checkpoint = {}
     if args.resume or args.generate:
-        checkpoint = load_checkpoint(saved)
-        args, old = parse_args(checkpoint["settings"]), checkpoint["settings"]
-        if any(vars(args)[n] != old[n] for n in ("beta1", "conditional", "latent_dim", "toy")):
-            sys.exit(f"{saved}: a run keeps its --beta1, --conditional, --latent-dim and --toy.")
-    elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
-        sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")
-    try:
-        device = torch.device(args.device or torch.accelerator.current_accelerator(True) or "cpu")
-        torch.ones(1, device=device).cpu()
-    except Exception as error:  # of many kinds, by what is missing
-        sys.exit(f"--device {args.device or ''} cannot be used: {str(error).splitlines()[0]}")
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
-    native = (torch.cuda.is_bf16_supported(False) if device.type == "cuda"
-              else device.type == "cpu" and cpu.get("avx512_bf16", False))
-    bf16 = native if args.bf16 is None else args.bf16  # not native: float32 is faster
+        checkpoint, args = load_checkpoint(f"{args.out_dir}/models/checkpoint.pth")
+    elif any(Path(args.out_dir).rglob("*.p[nt]*")):  # .png and .pth
+        sys.exit(f"{args.out_dir} holds a run: add --resume, or another --out-dir.")
+    device = choose_device(args.device)
+    bf16 = has_bfloat16(device) if args.bf16 is None else args.bf16
     try:
         if args.generate:
-            return generate(args, device, checkpoint)
-        (out / "models").mkdir(parents=True, exist_ok=True)
-        train(args, device, bf16, *load_data(args), checkpoint)
-    except (KeyboardInterrupt, OSError, FloatingPointError) as error:
-        hint = f'\nGo on from the last epoch: python dcgan_cifar10.py --resume --out-dir "{out}"'
-        sys.exit(f"\nStopped. {error}{hint if saved.exists() and not args.generate else ''}")
+            generate(args, device, checkpoint)
+        else:
+            os.makedirs(f"{args.out_dir}/models", exist_ok=True)
+            data, labels = load_data(args)
+            if not 2 <= args.batch_size <= len(data):
+                sys.exit(
+                    f"--batch-size {args.batch_size} does not fit: 2 to {len(data)} do."
+                )
+            print(
+                f"{len(data):,} images, {len(data) // args.batch_size} updates per "
+                f"epoch, on {device} in {'bfloat16' if bf16 else 'float32'}"
+            )
+            train(args, device, bf16, data, labels, checkpoint)
+        print(f"The results are in {args.out_dir!a}.")
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(explain(error, args))
+    finally:
+        save_gif(args)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 
 from common import init_weights, save_grid  # DCGAN's initial weights; a grid of images
 
-R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty, at every 16th step
-R1_WEIGHT = 4.0  # 16 x 0.25, to make up for the 15 steps without it
+R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
+R1_WEIGHT = 4.0  # 16 x 0.25, which makes up for it (Karras et al. 2020)
 AVERAGE_DECAY = 0.998  # the average spans about 500 steps, see update_average
 
 # ---- networks (the comments are output shapes, without the batch's N) ----------------
@@ -140,11 +140,11 @@ DISCRIMINATORS = {"mlp": MLPDiscriminator, "conv": ConvDiscriminator}
 # ---- training (read first: train_step without r1 and bf16, then train) ---------------
 
 
-def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=False):
+def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=False, bf16=False):
     """Updates D once, then G once, and returns a dict of scalar tensors.
 
     real: images N x 1 x 28 x 28 in [-1, 1]; z: latent vectors N x latent_dim.
-    Two extras, to skip at first: r1, weight of the R1 penalty in D's loss, and bf16:
+    Two extras, to skip at first: r1, which adds the R1 penalty to D's loss, and bf16:
     bfloat16 mixed precision, in which layers run faster and coarser.
     """
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
@@ -162,7 +162,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
     opt_d.zero_grad()
     loss_d.backward()
     if r1:
-        (r1 * r1_penalty(discriminator, real)).backward()  # adds to D's gradients
+        r1_penalty(discriminator, real).backward()  # adds to D's gradients
     opt_d.step()
 
     # (2) Update G: minimise -log p(fake). Of similar images, if R are real and F fake,
@@ -189,7 +189,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=0.0, bf16=Fal
 
 
 def r1_penalty(discriminator, real):
-    """Returns the mean of |d logit / d image|^2 over real images, a scalar.
+    """Returns R1_WEIGHT times the mean of |d logit / d image|^2 over real images.
 
     In D's loss it flattens D around real images: if D is steep there, fakes overshoot
     them to and fro (Mescheder et al. 2018). In float32: bfloat16 is too coarse for it.
@@ -198,10 +198,9 @@ def r1_penalty(discriminator, real):
     real = real[::2].requires_grad_()  # half of the batch, to save time
     # grad of the sum = each image's own grad; create_graph: differentiable once more.
     (grad,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
-    return grad.square().sum() / len(real)
+    return R1_WEIGHT * grad.square().sum() / len(real)
 
 
-@torch.no_grad()
 def update_average(average, generator, step):
     """Moves the averaged generator a little towards the generator; step counts from 1.
 
@@ -215,7 +214,6 @@ def update_average(average, generator, step):
             value.lerp_(new[name], 1 - decay)
 
 
-@torch.no_grad()
 def coverage(real, fake):
     """Returns the share of the real images that the fakes cover, in [0, 1].
 
@@ -249,8 +247,9 @@ def train(args, device, bf16, data, checkpoint):
         "opt_d": opt_d,
     }
     history = checkpoint.get("history", [])
-    for name in modules if checkpoint else ():  # nothing to load in a new run
-        modules[name].load_state_dict(checkpoint[name])
+    if checkpoint:
+        for name in modules:
+            modules[name].load_state_dict(checkpoint[name])
     if not history:
         save_checkpoint(args, modules, history)
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
@@ -267,8 +266,7 @@ def train(args, device, bf16, data, checkpoint):
         for indices in order.split(args.batch_size)[:epoch_steps]:
             lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
             opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
-            # R1 is slow; rarer but stronger, it works as well (Karras et al. 2020).
-            r1 = R1_WEIGHT if step % R1_INTERVAL == 0 else 0.0
+            r1 = step % R1_INTERVAL == 0  # it is slow: rare but strong will do
             real = data[indices] / 127.5 - 1  # to [-1, 1], like the generator's images
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
             results.append(
@@ -314,7 +312,9 @@ def generate(args, device, checkpoint):
     generator = GENERATORS[args.model](args.latent_dim).to(device)
     generator.load_state_dict(checkpoint["average"])
     folder = f"{args.out_dir}/generated"
-    os.mkdir(folder)  # FileExistsError if it is there
+    if os.path.exists(folder):
+        raise FileExistsError(f"{folder} exists: rename or delete it first")
+    os.mkdir(folder)
     torch.manual_seed(args.seed + 1)  # not the z of training's grids
     save_grid(sample(generator, torch.randn(64, args.latent_dim)), f"{folder}_grid.png")
     # Each row leads from z1 to z2 on a quarter circle. As cos^2 + sin^2 = 1, its z are
@@ -337,8 +337,7 @@ def load_data(args):
     socket.setdefaulttimeout(60)  # a server that is silent for a minute will not answer
     try:
         data = MNIST(args.data_dir, train=True, download=True).data
-        if not data.any():  # a damaged file
-            raise ValueError("all pixels are 0")
+        assert data.any(), "all pixels are 0"  # of a damaged file
         return data[: args.limit, None]
     except Exception as error:  # torchvision raises many types
         sys.exit(
@@ -434,7 +433,7 @@ def plot_history(history, path):
     left.axhline(1.386, linestyle=":", label="D guesses")
     left.axhline(0.693, linestyle=":")
     right.set_ylim(0, 1)
-    for name in ("loss_d", "loss_g", "acc_real", "acc_fake", "fool_rate", "coverage"):
+    for name in list(history[0])[1:7]:
         axes = left if name.startswith("loss") else right
         axes.plot(
             range(1, len(history) + 1), [row[name] for row in history], label=name
@@ -449,7 +448,7 @@ def save_gif(args):
     """Writes progress.gif from the saved grids. An error is only printed."""
     try:
         files = sorted(Path(f"{args.out_dir}/images").glob("epoch_*.png"))
-        frames = [Image.open(file).convert("L") for file in files]
+        frames = [Image.open(file) for file in files]
         if frames:
             frames[0].save(
                 f"{args.out_dir}/progress.gif",
@@ -467,7 +466,7 @@ def show_progress(args, step, epoch_steps, start):
     if sys.stdout.isatty():
         speed = (step % epoch_steps or epoch_steps) / (time.perf_counter() - start)
         print(
-            f"step {step}/{args.epochs * epoch_steps}  {speed:.1f} steps/s ",
+            f"step {step}/{args.epochs * epoch_steps}  {speed:.1f} steps/s "
             f"{(args.epochs * epoch_steps - step) / speed:.0f} s left   ",
             end="\r",
             flush=True,
@@ -476,14 +475,14 @@ def show_progress(args, step, epoch_steps, start):
 
 def print_epoch(args, row):
     """Prints an epoch's numbers, and a warning if hardly any real image is covered."""
-    line = (
-        "epoch {epoch}/{epochs}  loss_d {loss_d:.3f}  loss_g {loss_g:.3f}  "
-        "acc_real {acc_real:.2f}  acc_fake {acc_fake:.2f}  fool_rate {fool_rate:.2f}  "
-        "coverage {coverage:.2f}  {seconds:.1f} s  {images_per_s:,.0f} images/s"
+    print(
+        f"epoch {row['epoch']}/{args.epochs}  loss_d {row['loss_d']:.3f}  loss_g "
+        f"{row['loss_g']:.3f}  acc_real {row['acc_real']:.2f}  acc_fake "
+        f"{row['acc_fake']:.2f}  fool_rate {row['fool_rate']:.2f}  coverage "
+        f"{row['coverage']:.2f}  {row['seconds']:.1f} s  {row['images_per_s']:,.0f} "
+        f"images/s{'  LOW COVERAGE' if row['coverage'] < 0.1 else ''}",
+        flush=True,
     )
-    if row["coverage"] < 0.1:
-        line += "  LOW COVERAGE"
-    print(line.format(epochs=args.epochs, **row), flush=True)
 
 
 # ---- flags and main ------------------------------------------------------------------
@@ -531,8 +530,9 @@ def positive(text):
 
 def choose_device(name):
     """Returns the device of that name; without one, a GPU that works, or the CPU."""
-    gpu = torch.accelerator.current_accelerator(check_available=True)
-    device = name or gpu or "cpu"
+    device = (
+        name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    )
     try:
         return torch.ones(1, device=device).device
     except Exception as error:  # torch raises many types
@@ -546,9 +546,8 @@ def has_bfloat16(device):
     """Tells whether the device has bfloat16 in hardware; without, float32 is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.11
-        return torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return False
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11
+    return device.type == "cpu" and capabilities.get("avx512_bf16", False)
 
 
 def explain(error, args):
@@ -558,8 +557,6 @@ def explain(error, args):
         reason = f"Out of memory: add --batch-size {args.batch_size // 2}"
     elif "state_dict" in reason:
         reason = "The networks in this script do not fit the checkpoint (edited?)"
-    elif isinstance(error, FileExistsError):
-        reason = f"{error.filename} exists: rename or delete it first"
     elif not isinstance(error, (KeyboardInterrupt, OSError, FloatingPointError)):
         raise error
     if Path(f"{args.out_dir}/models/checkpoint.pth").exists() and not args.generate:
