@@ -1,19 +1,21 @@
 """A DCGAN in colour, on CIFAR-10 (Radford et al. 2015). Read gan_mnist.py first.
 
-Until its rules, GANs of convolutions were hard to train. Each is named where it stands:
+GANs of deep convolutional networks hardly trained before these rules of that paper:
 
-1. No pooling: strided convolutions halve images in D, transposed ones double in G.
-2. No hidden dense layers: convolutions all through, from z as an image of 1 x 1.
-3. BatchNorm after each layer but G's last, D's first and D's last.
-4. ReLU in G, with tanh at its end; LeakyReLU with a slope of 0.2 in D.
-5. Weights from N(0, 0.02); Adam with beta1 of 0.5 and a learning rate of 0.0002.
+1. No pooling: strided convolutions halve images in D, transposed ones double them in
+   G, and so both learn how to resize.
+2. No hidden dense layers: convolutions need fewer weights, as they share them.
+3. BatchNorm after each layer, so that no layer's gradients vanish; but not after G's
+   last, D's first and D's last: there images and logits need their own mean and scale.
+4. ReLU in G, tanh at its end; LeakyReLU in D, so that gradients get through to G.
+5. Weights from N(0, 0.02); Adam with beta1 of 0.5, rate 0.0002 (here 0.001, to 0).
 
-Not theirs: fewer channels (48 to 192, not 128 to 1024) and kernels of 4, not 5, for the
-sake of a CPU; a rate of 0.001 that falls to 0; the average; R1; and --conditional, with
-which G and D are told the class of an image.
+Not theirs: fewer channels (48 to 192, not 128 to 1024) and kernels of 4, not 5, for a
+CPU's sake; the average; R1; and --conditional, which tells G and D an image's class.
 
-Read coverage with care here: real test images have 0.97, five of them over and over
-0.03, but those of three classes 0.97, too, and blurred ones 1.00. It shows collapse.
+@HEALTHY
+Coverage: real test images 0.97, blurred ones 1.00, three classes 0.97, one class 0.86,
+five images over and over 0.03. So it shows a complete collapse, and little else.
 
     python dcgan_cifar10.py --epochs 7 --out-dir runs/short       # 7 minutes
     python dcgan_cifar10.py                                       # 50 epochs, an hour
@@ -25,7 +27,7 @@ Elsewhere, with the packages below, this file, common.py and models/generator.pt
     import dcgan_cifar10, torch
     generator = dcgan_cifar10.Generator(latent_dim=100)
     generator.load_state_dict(torch.load("generator.pth", "cpu", weights_only=True))
-    labels = torch.zeros(64, dtype=torch.int64)  # with --conditional, a class of 0 to 9
+    labels = torch.zeros(64, dtype=torch.int64)  # --conditional: 0 to 9
     images = dcgan_cifar10.sample(generator, torch.randn(64, 100), labels)  # in [-1, 1]
 """
 
@@ -51,8 +53,8 @@ from torchvision.transforms import PILToTensor, RandomCrop, ToPILImage
 from common import init_weights, save_grid  # DCGAN's initial weights; a grid of images
 
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
-R1_WEIGHT = 0.8  # 16 x 0.05, which makes up for it (Karras et al. 2020)
-AVERAGE_DECAY = 0.998  # the average spans about 500 steps, see update_average
+R1_WEIGHT = 0.8  # 16 x 0.05: rare, so stronger (Karras et al. 2020)
+AVERAGE_DECAY = 0.998  # at most: about 500 steps, see update_average()
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 LETTERS = "AHIMOTUVWX"  # the classes of --toy
 
@@ -101,7 +103,7 @@ class Discriminator(nn.Sequential):
         )
 
     def forward(self, x, labels):
-        # Each class has its own logit: of a frog, only "a real frog?" counts.
+        # Of ten logits, one per class, the label picks its own: "a real frog?"
         return super().forward(x).gather(1, labels[:, None])
 
 
@@ -162,7 +164,7 @@ def r1_penalty(discriminator, real, y):
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
     logits = discriminator(real, y[::2])
-    # grad of the sum = each image's own grad; create_graph: differentiable once more.
+    # grad of the sum = each image's own (and a share); create_graph: for backward().
     (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return R1_WEIGHT * grad.square().sum() / len(real)
 
@@ -196,10 +198,11 @@ def train(args, device, bf16, data, labels, checkpoint):
     torch.manual_seed(args.seed)
     real_images = data[torch.randperm(len(data))[:1000]] / 127.5 - 1
     fixed_z = torch.randn(1000, args.latent_dim)  # for all epochs
-    fixed_labels = torch.arange(1000) // 8 % 10 * args.conditional  # x False: all 0
+    # Without --conditional all labels become 0 (x False), so that they tell nothing.
+    fixed_labels = torch.arange(1000) // 8 % 10 * args.conditional
     generator = Generator(args.latent_dim)
     discriminator = Discriminator()
-    # Channels last in memory is faster; BatchNorm on a Mac's GPU may not work with it.
+    # A pixel's channels side by side in memory: faster, but risky on a Mac's GPU.
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     for network in (generator, discriminator):
         network.apply(init_weights).to(device, memory_format=layout)  # rule 5
@@ -242,7 +245,7 @@ def train(args, device, bf16, data, labels, checkpoint):
             r1 = step % R1_INTERVAL == 0  # it is slow: rare but strong will do
             real = data[indices] / 127.5 - 1  # to [-1, 1], like the generator's images
             if step % 2:
-                real = real.flip(3)  # mirrored: twice the data
+                real = real.flip(3)  # mirrored: more data
             y = labels[indices]
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
             results.append(
@@ -255,7 +258,7 @@ def train(args, device, bf16, data, labels, checkpoint):
         row = {"epoch": epoch}
         for name in results[0]:
             row[name] = sum(result[name] for result in results).item() / epoch_steps
-        row["coverage"] = coverage(real_images, fakes)
+        row["coverage"] = coverage(real_images, fakes[: len(real_images)])
         row["seconds"] = time.perf_counter() - start
         row["images_per_s"] = epoch_steps * args.batch_size / row["seconds"]
         if not math.isfinite(sum(row.values())):

@@ -1,20 +1,22 @@
 """A GAN that draws clothes, and how to watch one (read gan_mnist.py first).
 
-The losses do not measure image quality. These numbers, of each epoch's line, tell more:
-
-- acc_real and acc_fake: D's accuracy, the shares of real images and of fakes that it
-  judges right, 0.5 if it guesses. fool_rate: G's, the share of fakes that fool the
-  updated D. Balanced is healthy; near 1, 1 and 0, D has won, and G learns little.
-- coverage: the share of 1,000 test images that have a fake nearby, see coverage().
-  Training images as fakes: 0.97; of five classes, 0.66; one image per class, 0.05.
-- copy ratio, after the last epoch: how far fakes are from the nearest training images,
-  see copy_ratio(). Near 1: as far as new images. Towards 0: copies. See nearest.png.
+The losses do not measure image quality. These numbers of each epoch's line tell more:
+- acc_real, acc_fake: D's accuracy on real images and on fakes. fool_rate: G's success,
+  the share of fakes that fool the updated D.
+- coverage: the share of 1,000 test images with a fake nearby, see coverage(). As fakes,
+  training images get 0.97, those of five classes 0.66, ten (one a class) 0.05.
+- copy ratio, after the last epoch: how far fakes are from training images, see
+  copy_ratio(). Near 1: like new images. Well below: copies. Above: unlike any.
 
                 loss_d  loss_g  acc_real  acc_fake  fool_rate  coverage  copy ratio
     healthy       1.16    0.85      0.81      0.82       0.17      0.99        1.05
     collapsed     1.38    0.71      0.40      0.69       0.26      0.11        1.43
     D has won     0.43    2.03      0.95      0.97       0.02      0.02        2.23
     copies        0.26    2.68      1.00      1.00       0.00      0.77        0.72
+
+Collapsed: nine of ten steps, D rests, and G runs to the few images that fool it most.
+The losses look fine; coverage tells. Won: D's learning rate is too high, and G cannot
+keep up. Copies: D knows its few images by heart, and leads G to them.
 
     python gan_fashion.py                                          # healthy, 8 minutes
     python gan_fashion.py --g-steps 10 --epochs 2 --out-dir runs/collapsed
@@ -28,7 +30,7 @@ Elsewhere, with the packages below, this file, common.py and models/generator.pt
     import gan_fashion, torch
     generator = gan_fashion.Generator(latent_dim=100)
     generator.load_state_dict(torch.load("generator.pth", "cpu", weights_only=True))
-    labels = torch.zeros(64, dtype=torch.int64)  # with --conditional, a class of 0 to 9
+    labels = torch.zeros(64, dtype=torch.int64)  # --conditional: 0 to 9
     images = gan_fashion.sample(generator, torch.randn(64, 100), labels)  # in [-1, 1]
 """
 
@@ -55,7 +57,7 @@ from common import init_weights, save_grid  # DCGAN's initial weights; a grid of
 
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
 R1_WEIGHT = 4.0  # 16 x 0.25, which makes up for it (Karras et al. 2020)
-AVERAGE_DECAY = 0.998  # the average spans about 500 steps, see update_average
+AVERAGE_DECAY = 0.998  # at most: about 500 steps, see update_average()
 CLASSES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
 
 # ---- networks (the comments are output shapes, without the batch's N) ----------------
@@ -102,7 +104,7 @@ class Discriminator(nn.Sequential):
         )
 
     def forward(self, x, labels):
-        # Each class has its own logit: of a boot, only "a real boot?" counts.
+        # Of ten logits, one per class, the label picks its own: "a real boot?"
         return super().forward(x).gather(1, labels[:, None])
 
 
@@ -191,14 +193,14 @@ def coverage(real, fake):
 
 
 def copy_ratio(fake, training, held_out, path):
-    """Returns the copy ratio, and saves fakes, each above its nearest training image.
+    """Returns the copy ratio, and saves fakes above their nearest training images.
 
     The ratio: the median distance from a fake to its nearest training image, over the
-    same for held-out real images, which are no copies. By pixels, blur lowers it, too.
+    same for held-out real images. By pixels, blur lowers it, too. Of 1,000, 39 are saved.
     """
     nearest = distances(fake, training).min(1)
     usual = distances(held_out, training).amin(1)
-    save_grid(torch.cat([fake, training[nearest.indices]], 2)[:40], path)
+    save_grid(torch.cat([fake, training[nearest.indices]], 2)[::26], path)
     return nearest.values.median() / usual.median()
 
 
@@ -210,7 +212,8 @@ def train(args, device, bf16, data, labels, held_out, checkpoint):
     """
     torch.manual_seed(args.seed)
     fixed_z = torch.randn(1000, args.latent_dim)  # for all epochs
-    fixed_labels = torch.arange(1000) // 10 % 10 * args.conditional  # x False: all 0
+    # Without --conditional all labels become 0 (x False), so that they tell nothing.
+    fixed_labels = torch.arange(1000) // 10 % 10 * args.conditional
     generator = Generator(args.latent_dim).apply(init_weights).to(device)
     discriminator = Discriminator().apply(init_weights).to(device)
     average = copy.deepcopy(generator)
@@ -248,7 +251,7 @@ def train(args, device, bf16, data, labels, held_out, checkpoint):
         order = torch.randperm(len(data), device=device)
         for indices in order.split(args.batch_size)[:epoch_steps]:
             lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
-            opt_g.param_groups[0]["lr"] = lr  # D learns at every g_steps-th step:
+            opt_g.param_groups[0]["lr"] = lr  # D learns at each g_steps-th step only:
             opt_d.param_groups[0]["lr"] = lr if step % args.g_steps == 0 else 0
             r1 = step % R1_INTERVAL == 0  # it is slow: rare but strong will do
             real = data[indices] / 127.5 - 1  # to [-1, 1], like the generator's images
