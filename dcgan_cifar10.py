@@ -13,7 +13,8 @@ GANs of deep convolutional networks hardly trained before these rules of that pa
 Not theirs: fewer channels (48 to 192, not 128 to 1024) and kernels of 4, not 5, for a
 CPU's sake; the average; R1; and --conditional, which tells G and D an image's class.
 
-@HEALTHY
+Healthy, after 50 epochs: loss_d 0.93, loss_g 1.01, acc_real 0.97, acc_fake 0.98,
+fool_rate 0.02, coverage 0.96. D gets ahead (0.68 after 12 epochs), and G still learns.
 Coverage: real test images 0.97, blurred ones 1.00, three classes 0.97, one class 0.86,
 five images over and over 0.03. So it shows a complete collapse, and little else.
 

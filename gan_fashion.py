@@ -12,7 +12,7 @@ The losses do not measure image quality. These numbers of each epoch's line tell
     healthy       1.16    0.85      0.81      0.82       0.17      0.99        1.05
     collapsed     1.38    0.71      0.40      0.69       0.26      0.11        1.43
     D has won     0.43    2.03      0.95      0.97       0.02      0.02        2.23
-    copies        0.26    2.68      1.00      1.00       0.00      0.77        0.72
+    copies        0.21    3.27      1.00      1.00       0.00      0.52        0.51
 
 Collapsed: nine of ten steps, D rests, and G runs to the few images that fool it most.
 The losses look fine; coverage tells. Won: D's learning rate is too high, and G cannot
@@ -21,7 +21,7 @@ keep up. Copies: D knows its few images by heart, and leads G to them.
     python gan_fashion.py                                          # healthy, 8 minutes
     python gan_fashion.py --g-steps 10 --epochs 2 --out-dir runs/collapsed
     python gan_fashion.py --lr 0.05 --limit 12800 --epochs 4 --out-dir runs/won
-    python gan_fashion.py --limit 100 --batch-size 10 --epochs 500 --out-dir runs/copies
+    python gan_fashion.py --limit 30 --batch-size 10 --epochs 1500 --out-dir runs/copies
     python gan_fashion.py --conditional --out-dir runs/classes     # one row per class
     python gan_fashion.py --toy --out-dir runs/toy                 # with no download
 
@@ -196,7 +196,7 @@ def copy_ratio(fake, training, held_out, path):
     """Returns the copy ratio, and saves fakes above their nearest training images.
 
     The ratio: the median distance from a fake to its nearest training image, over the
-    same for held-out real images. By pixels, blur lowers it, too. Of 1,000, 39 are saved.
+    same for held-out real images. By pixels, blur lowers it, too. Saves 39 of 1,000.
     """
     nearest = distances(fake, training).min(1)
     usual = distances(held_out, training).amin(1)
