@@ -1,8 +1,8 @@
 """A GAN that draws clothes, and how to watch one (read gan_mnist.py first).
 
 The losses do not measure image quality. These numbers of each epoch's line tell more:
-- acc_real, acc_fake: D's accuracy on real images and on fakes. fool_rate: G's success,
-  the share of fakes that fool the updated D.
+- acc_real, acc_fake: D's accuracy on real images and on fakes. fool_rate: the share of
+  fakes that fool the updated D; below 0.5 is usual.
 - coverage: the share of 1,000 test images with a fake nearby, see coverage(). As fakes,
   training images get 0.97, those of five classes 0.66, ten (one a class) 0.05.
 - copy ratio, after the last epoch: how far fakes are from training images, see
@@ -114,7 +114,7 @@ class Discriminator(nn.Sequential):
 def train_step(
     generator, discriminator, opt_g, opt_d, real, y, z, r1=False, bf16=False
 ):
-    """Updates D once, then G once, and returns a dict of scalar tensors.
+    """Updates D (if its rate is not 0), then G; returns a dict of scalar tensors.
 
     real: images N x 1 x 28 x 28 in [-1, 1]; y: labels N of real and fake images; z:
     latent vectors N x latent_dim; r1 adds the R1 penalty; bf16: mixed precision.
@@ -251,7 +251,7 @@ def train(args, device, bf16, data, labels, held_out, checkpoint):
         order = torch.randperm(len(data), device=device)
         for indices in order.split(args.batch_size)[:epoch_steps]:
             lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
-            opt_g.param_groups[0]["lr"] = lr  # D learns at each g_steps-th step only:
+            opt_g.param_groups[0]["lr"] = lr  # G always, D in one of g_steps steps:
             opt_d.param_groups[0]["lr"] = lr if step % args.g_steps == 0 else 0
             r1 = step % R1_INTERVAL == 0  # it is slow: rare but strong will do
             real = data[indices] / 127.5 - 1  # to [-1, 1], like the generator's images
