@@ -10,12 +10,12 @@ The losses do not measure image quality. These numbers of each epoch's line tell
 
                 loss_d  loss_g  acc_real  acc_fake  fool_rate  coverage  copy ratio
     healthy       1.16    0.85      0.81      0.82       0.17      0.99        1.05
-    collapsed     1.38    0.71      0.40      0.69       0.26      0.11        1.43
+    collapsed     1.45    0.67      0.30      0.29       0.69      0.05        1.34
     D has won     0.43    2.03      0.95      0.97       0.02      0.02        2.23
     copies        0.21    3.27      1.00      1.00       0.00      0.52        0.51
 
 Collapsed: nine of ten steps, D rests, and G runs to the few images that fool it most.
-The losses look fine; coverage tells. Won: D's learning rate is too high, and G cannot
+The losses look balanced; coverage tells. Won: D's learning rate is too high, G cannot
 keep up. Copies: D knows its few images by heart, and leads G to them.
 
     python gan_fashion.py                                          # healthy, 8 minutes
@@ -114,7 +114,7 @@ class Discriminator(nn.Sequential):
 def train_step(
     generator, discriminator, opt_g, opt_d, real, y, z, r1=False, bf16=False
 ):
-    """Updates D (if its rate is not 0), then G; returns a dict of scalar tensors.
+    """Updates D, or not if opt_d is None, then G; returns a dict of scalar tensors.
 
     real: images N x 1 x 28 x 28 in [-1, 1]; y: labels N of real and fake images; z:
     latent vectors N x latent_dim; r1 adds the R1 penalty; bf16: mixed precision.
@@ -130,11 +130,12 @@ def train_step(
         fake_logits = discriminator(fake.detach(), y)
         ones = torch.ones_like(real_logits)
         loss_d = bce(real_logits, ones) + bce(fake_logits, 1 - ones)
-    opt_d.zero_grad()
-    loss_d.backward()
-    if r1:
-        r1_penalty(discriminator, real, y).backward()  # adds to D's gradients
-    opt_d.step()
+    if opt_d:
+        opt_d.zero_grad()
+        loss_d.backward()
+        if r1:
+            r1_penalty(discriminator, real, y).backward()  # adds to D's gradients
+        opt_d.step()
 
     # (2) Update G: minimise -log p(fake).
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
@@ -188,7 +189,7 @@ def coverage(real, fake):
     A real image is covered if a fake is closer to it than its own 5th nearest real one
     (Naeem et al. 2020). Both are N x C x H x W. By pixels, blur scores well.
     """
-    radius = distances(real, real).kthvalue(min(6, len(real))).values  # 1st: itself
+    radius = distances(real, real).kthvalue(6).values  # 1st: itself
     return (distances(real, fake).amin(1) < radius).float().mean().item()
 
 
@@ -199,9 +200,8 @@ def copy_ratio(fake, training, held_out, path):
     same for held-out real images. By pixels, blur lowers it, too. Saves 39 of 1,000.
     """
     nearest = distances(fake, training).min(1)
-    usual = distances(held_out, training).amin(1)
     save_grid(torch.cat([fake, training[nearest.indices]], 2)[::26], path)
-    return nearest.values.median() / usual.median()
+    return nearest.values.median() / distances(held_out, training).amin(1).median()
 
 
 def train(args, device, bf16, data, labels, held_out, checkpoint):
@@ -251,14 +251,14 @@ def train(args, device, bf16, data, labels, held_out, checkpoint):
         order = torch.randperm(len(data), device=device)
         for indices in order.split(args.batch_size)[:epoch_steps]:
             lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
-            opt_g.param_groups[0]["lr"] = lr  # G always, D in one of g_steps steps:
-            opt_d.param_groups[0]["lr"] = lr if step % args.g_steps == 0 else 0
-            r1 = step % R1_INTERVAL == 0  # it is slow: rare but strong will do
+            opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
+            opt = opt_d if step % args.g_steps == 0 else None  # else D rests: collapse!
+            r1 = step % (R1_INTERVAL * args.g_steps) == 0  # slow: rare but strong
             real = data[indices] / 127.5 - 1  # to [-1, 1], like the generator's images
             y = labels[indices]
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
             results.append(
-                train_step(generator, discriminator, opt_g, opt_d, real, y, z, r1, bf16)
+                train_step(generator, discriminator, opt_g, opt, real, y, z, r1, bf16)
             )
             step += 1
             update_average(average, generator, step)
@@ -310,8 +310,8 @@ def generate(args, device, checkpoint):
     torch.manual_seed(args.seed + 1)  # not the z of training's grids
     n = args.columns
     labels = torch.arange(n * n) // n * args.conditional  # one row per class
-    z = torch.randn(n * n, args.latent_dim)
-    save_grid(sample(generator, z, labels), f"{folder}_grid.png", n)
+    images = sample(generator, torch.randn(n * n, args.latent_dim), labels)
+    save_grid(images, f"{folder}_grid.png", n)
     # Each row leads from z1 to z2 on a quarter circle. As cos^2 + sin^2 = 1, its z are
     # normal as in training; halfway on a straight line the variance would be 1/2.
     z1, z2 = torch.randn(2, n, 1, args.latent_dim)
