@@ -68,7 +68,7 @@ class Generator(nn.Sequential):
 
     def __init__(self, latent_dim=100):
         super().__init__(
-            nn.ConvTranspose2d(latent_dim + 10, 192, 4),  # 192 x 4 x 4 (rule 2)
+            nn.ConvTranspose2d(latent_dim + 10, 192, 4),  # 192 x 4 x 4 of 1 x 1
             nn.BatchNorm2d(192),  # rule 3
             nn.ReLU(),  # rule 4
             nn.ConvTranspose2d(192, 96, 4, 2, 1),  # 96 x 8 x 8 (rule 1: stride 2)
@@ -100,7 +100,7 @@ class Discriminator(nn.Sequential):
             nn.Conv2d(96, 192, 4, 2, 1),  # 192 x 4 x 4
             nn.BatchNorm2d(192),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(192, 10, 4),  # 10 x 1 x 1: a logit per class (rule 2)
+            nn.Conv2d(192, 10, 4),  # 10 x 1 x 1: logits of ten classes, or one (rule 2)
             nn.Flatten(),  # 10
         )
 
@@ -141,7 +141,7 @@ def train_step(
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
         new_fake_logits = discriminator(fake, y)  # D has changed since (1)
-        loss_g = bce(new_fake_logits, ones)  # nothing asks for variety: all may be one
+        loss_g = bce(new_fake_logits, ones)  # low also if all fakes are the same image
     opt_g.zero_grad()
     loss_g.backward()
     opt_g.step()
@@ -162,8 +162,8 @@ def r1_penalty(discriminator, real, y):
     It flattens D around real images, where a steep D would send fakes to and fro
     (Mescheder et al. 2018). Strictly it needs a D that judges each image by itself.
     Under rule 3, a logit depends on its whole batch, so the gradient at an image also
-    has the others' share. After 7 epochs, images are as good without the penalty.
-    In float32: bfloat16 is too coarse.
+    has the others' share. After 7 epochs, images are as good without the penalty;
+    longer runs were not compared. In float32: bfloat16 is too coarse.
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
     logits = discriminator(real, y[::2])
@@ -202,7 +202,7 @@ def train(args, device, bf16, data, labels, checkpoint):
     real_images = data[torch.randperm(len(data))[:1000]] / 127.5 - 1
     fixed_z = torch.randn(1000, args.latent_dim)  # for all epochs
     # Without --conditional all labels become 0 (x False), so that they tell nothing.
-    fixed_labels = torch.arange(1000) // 8 % 10 * args.conditional
+    fixed_labels = torch.arange(1000) // 8 % 10 * args.conditional  # 8 in a row
     generator = Generator(args.latent_dim)
     discriminator = Discriminator()
     # A pixel's channels side by side in memory: faster, but risky on a Mac's GPU.
@@ -228,7 +228,7 @@ def train(args, device, bf16, data, labels, checkpoint):
     shown = 80 if args.conditional else 64  # in a grid of 8 columns
     if not history:
         save_checkpoint(args, modules, history)
-        rows = [data[labels == k][:8] for k in range(10)]  # short ones end in black
+        rows = [data[labels == k][:8] for k in range(10)]  # short ones: padded black
         real = nn.utils.rnn.pad_sequence(rows, batch_first=True) / 127.5 - 1
         save_grid(real.flatten(0, 1), f"{args.out_dir}/images/real.png", real.size(1))
         save_grid(fakes[:shown], f"{args.out_dir}/images/epoch_000.png")

@@ -4,7 +4,7 @@ The losses do not measure image quality. These numbers of each epoch's line tell
 - acc_real, acc_fake: D's accuracy on real images and on fakes. fool_rate: the share of
   fakes that fool the updated D; below 0.5 is usual.
 - coverage: the share of 1,000 test images with a fake nearby, see coverage(). As fakes,
-  training images get 0.97, those of five classes 0.66, ten (one a class) 0.05.
+  training images get 0.97 (blur gets more), of five classes 0.66, ten images 0.05.
 - copy ratio, after the last epoch: how far fakes are from training images, see
   copy_ratio(). Near 1: like new images. Well below: copies. Above: unlike any.
 
@@ -15,8 +15,8 @@ The losses do not measure image quality. These numbers of each epoch's line tell
     copies        0.21    3.27      1.00      1.00       0.00      0.52        0.51
 
 Collapsed: nine of ten steps, D rests, and G runs to the few images that fool it most.
-The losses look balanced; coverage tells. Won: D's learning rate is too high, G cannot
-keep up. Copies: D knows its few images by heart, and leads G to them.
+The losses look balanced; coverage tells. Won: with so high a learning rate D soon tells
+all apart, and G never finds out how. Copies: D knows 30 images by heart; G follows.
 
     python gan_fashion.py                                          # healthy, 8 minutes
     python gan_fashion.py --g-steps 10 --epochs 2 --out-dir runs/collapsed
@@ -100,7 +100,7 @@ class Discriminator(nn.Sequential):
             nn.Flatten(),  # 3136
             nn.Linear(3136, 256),  # 256
             nn.LeakyReLU(0.2),
-            nn.Linear(256, 10),  # 10, one logit per class
+            nn.Linear(256, 10),  # 10, one logit per class (or only the first is used)
         )
 
     def forward(self, x, labels):
@@ -140,8 +140,8 @@ def train_step(
     # (2) Update G: minimise -log p(fake).
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
-        new_fake_logits = discriminator(fake, y)  # D has changed since (1)
-        loss_g = bce(new_fake_logits, ones)  # nothing asks for variety: all may be one
+        new_fake_logits = discriminator(fake, y)  # (1) has changed D
+        loss_g = bce(new_fake_logits, ones)  # low also if all fakes are the same image
     opt_g.zero_grad()
     loss_g.backward()
     opt_g.step()
@@ -235,7 +235,7 @@ def train(args, device, bf16, data, labels, held_out, checkpoint):
     n = args.columns**2  # images in a grid
     if not history:
         save_checkpoint(args, modules, history)
-        rows = [data[labels == k][:10] for k in range(10)]  # short ones end in black
+        rows = [data[labels == k][:10] for k in range(10)]  # short ones: padded black
         real = nn.utils.rnn.pad_sequence(rows, batch_first=True) / 127.5 - 1
         save_grid(real.flatten(0, 1), f"{args.out_dir}/images/real.png", real.size(1))
         save_grid(fakes[:n], f"{args.out_dir}/images/epoch_000.png", args.columns)

@@ -173,7 +173,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=False, bf16=F
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
         new_fake_logits = discriminator(fake)  # D has changed since (1)
-        loss_g = bce(new_fake_logits, ones)  # nothing asks for variety: all may be one
+        loss_g = bce(new_fake_logits, ones)  # low also if all fakes are the same image
     opt_g.zero_grad()
     loss_g.backward()
     opt_g.step()
