@@ -1,399 +1,750 @@
-"""A DCGAN for faces at 64x64: CelebA, and what changes when data is large and the run long.
+"""A DCGAN for faces, or for your own images of any size. Read dcgan_cifar10.py first.
 
-D learns to tell real pictures from G's, and G to fool D: dcgan_cifar10.py has the rules. New here:
-    Decoding    Each file becomes 64x64x3 bytes, once; a batch reads its own from the disk.
-    Processes   torchrun starts one a GPU: each takes its share of an epoch, gradients are averaged.
+The networks and the training step are those of dcgan_cifar10.py without labels. New is
+what changes when the data is large and your own, and the training long:
 
-    python dcgan_celeba.py --toy --out-dir runs/toy_celeba      # no download
-    python dcgan_celeba.py --epochs 50                          # add --resume or --generate 64
-    python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own pictures
+- Image size: 64 x 64, or another power of two. Each doubling adds a block to G and D.
+- Decoding: each file is decoded once, and batches are read from one file of bytes.
+- Few images: an epoch is so many passes over them as make 100 updates.
+- Several GPUs: torchrun starts a process per GPU, and their gradients are averaged.
+- Copying: G may learn a few images by heart. The copy ratio, printed at the end, tells.
+
+    python dcgan_celeba.py --epochs 50                          # CelebA, 1.4 GB
+    python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own images
+    python dcgan_celeba.py --images FOLDER --image-size 128 --out-dir runs/large
+    python dcgan_celeba.py --toy --out-dir runs/toy             # with no download
     torchrun --nproc-per-node 2 dcgan_celeba.py --out-dir runs/two_gpus
+
+Elsewhere, with the packages below, this file, common.py and models/generator.pth:
+
+    import dcgan_celeba, torch
+    generator = dcgan_celeba.Generator(latent_dim=100, size=64)
+    generator.load_state_dict(torch.load("generator.pth", "cpu", weights_only=True))
+    images = dcgan_celeba.sample(generator, torch.randn(64, 100))  # in [-1, 1]
 """
+
 import argparse
+import copy
+import csv
 import hashlib
-import io
+import inspect
+import math
 import os
 import socket
 import sys
 import tempfile
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import matplotlib.figure
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed, nn
-from torch.nn.functional import softplus
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.datasets.utils import download_url
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
+from torch.optim import Adam
+from torchvision.datasets.utils import download_and_extract_archive, extract_archive
+from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 
-from common import init_weights, save_grid
+from common import init_weights, save_grid  # DCGAN's initial weights; a grid of images
 
-URL = "https://s3-us-west-1.amazonaws.com/udacity-dlnfd/datasets/celeba.zip"  # needs no login
-MD5 = "00d2c5bc6d35e252742224ab0c1e8fcb"  # of the official img_align_celeba.zip
+R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
+R1_WEIGHT = 0.8  # 16 x 0.05: rare, so stronger (Karras et al. 2020)
+AVERAGE_DECAY = 0.998  # at most: about 500 steps, see update_average()
+EPOCH_STEPS = 100  # at least: few images are shown several times per epoch
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # did it start this, one per GPU?
 
-
-def number(kind, least, below=float("inf")):
-    """Returns an argparse type: a number of that kind (int or float) in [least, below)."""
-    def number(text):  # the name that argparse shows in its message
-        if not least <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{least}, {below})")
-        return kind(text)
-    return number
-
-
-def parse_args(settings=None):
-    """Returns the flags; those not given come from a checkpoint's settings, where passed."""
-    parser = argparse.ArgumentParser(usage="python dcgan_celeba.py [flags]; -h lists them")
-    flag, count = parser.add_argument, number(int, 1)
-    flag("--images", metavar="FOLDER", help="folder or .zip to learn from (CelebA)")
-    flag("--epochs", type=count, help="passes over the data (50; 12 with --toy)")
-    flag("--batch-size", type=number(int, 2), help="pictures per process and update (64; toy 16)")
-    flag("--lr", type=number(float, 1e-9), help="learning rate, falling to 0 (4e-4; toy 1e-3)")
-    flag("--beta1", type=number(float, 0, 1), default=0.5, help="Adam's beta1 (0.5)")
-    flag("--latent-dim", type=count, default=100, help="numbers in a latent vector z (100)")
-    flag("--sample-every", type=count, default=1, help="epochs from one saved grid to the next (1)")
-    flag("--data-dir", default="data", help="the data set's folder, filled by download (data)")
-    flag("--out-dir", default="runs/dcgan_celeba", help="output folder (runs/dcgan_celeba)")
-    flag("--limit", type=count, metavar="N", help="use only the first N pictures (all)")
-    flag("--toy", action="store_true", help="learn cartoon faces drawn on the spot, no download")
-    flag("--seed", type=number(int, 0, 2**32), default=0, help="random seed (0)")
-    flag("--device", help="cpu, cuda, cuda:1, mps ... (an accelerator if there is one)")
-    flag("--bf16", action=argparse.BooleanOptionalAction, help="compute in bfloat16 (if native)")
-    flag("--compile", action="store_true", help="torch.compile both (needs a C++ compiler)")
-    flag("--resume", action="store_true", help="go on with the run in --out-dir")
-    flag("--generate", type=count, metavar="N", help="only draw N pictures by the run in --out-dir")
-    args = parser.parse_args(namespace=argparse.Namespace(**(settings or {})))
-    n, b, lr = (12, 16, 1e-3) if args.toy else (50, 64, 4e-4)
-    args.epochs, args.batch_size, args.lr = args.epochs or n, args.batch_size or b, args.lr or lr
-    return args
-
-
-def decode(open_file, name):
-    """Returns a picture as the bytes of 64 x 64 x 3, or None if it is unreadable or below 8x8."""
-    with suppress(Exception), open_file(name) as file, Image.open(file) as picture:  # many kinds
-        if min(picture.size) >= 8 and picture.mode[0] not in "IF":  # nor 16-bit
-            picture.draft(None, (64, 64))  # a JPEG is read at 1/2, 1/4 or 1/8 if that is enough
-            picture = ImageOps.exif_transpose(picture).convert("RGBA")
-            picture = ImageOps.fit(picture, (64, 64), Image.Resampling.BICUBIC)  # centre crop
-            white = Image.new("RGBA", (64, 64), "white")
-            return Image.alpha_composite(white, picture).convert("RGB").tobytes()
-
-
-def decode_all(place, root, limit):
-    """Returns the path of the .npy, uint8 N x 64 x 64 x 3, of a folder or .zip; None if empty."""
-    if place.is_file():
-        if not zipfile.is_zipfile(place):
-            sys.exit(f"{place} is not a whole .zip: put the whole one there.")
-        open_file = (archive := zipfile.ZipFile(place)).open
-        files = [(info.filename, info.file_size, info.CRC) for info in archive.infolist()]
-    else:
-        open_file, tree = (lambda name: open(name, "rb")), os.walk(place, followlinks=True)
-        entries = (entry for folder, *_ in tree for entry in os.scandir(folder))
-        files = [(e.path, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file()]
-    files = sorted(file for file in files if os.path.basename(file[0])[:1] not in ("", "."))[:limit]
-    # Another name, so all is decoded again, if a file is new, gone or changed.
-    key = hashlib.sha256(repr([os.path.abspath(place), *files]).encode()).hexdigest()[:16]
-    path, skipped, began = root / f"decoded_{key}.npy", [], time.perf_counter()
-    if path.exists() or not files:
-        return path if files else None
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix="decoded_") as beside:
-        with open(Path(beside, path.name), "wb") as file, ThreadPoolExecutor() as pool:
-            file.seek(128)  # numpy pads the header to that; it is written last
-            for i in range(0, len(files), 200):
-                names = [name for name, *_ in files[i:i + 200]]
-                pixels = list(pool.map(lambda name: decode(open_file, name), names))  # on all cores
-                skipped += [name for name, found in zip(names, pixels) if not found]
-                file.write(b"".join(filter(None, pixels)))
-                done, speed = i + len(names), (i + len(names)) / (time.perf_counter() - began)
-                line = f"{done:,}/{len(files):,} decoded, {speed:,.0f} pictures/s"
-                if sys.stdout.isatty():
-                    print(line, end="\r", flush=True)
-            header = dict(descr="|u1", fortran_order=False, shape=(done - len(skipped), 64, 64, 3))
-            file.seek(0), np.lib.format.write_array_header_1_0(file, header)
-            file.flush(), os.fsync(file.fileno())
-        print(line, f"{len(skipped)} unreadable", *map(ascii, skipped[:3]), sep=", ")
-        if len(skipped) == len(files):
-            sys.exit(f"No file in {place} can be read as a picture of at least 8x8.")
-        return Path(beside, path.name).replace(path)
-
-
-def load_data(args):
-    """Returns the number of training pictures, and a function: index to uint8 B x 3 x 64 x 64."""
-    if args.toy:  # faces of ellipses, random in colours, place and size
-        rng, pictures = np.random.default_rng(0), []
-        for _ in range(min(args.limit or 600, 600)):
-            x, y, w, h, lips = rng.uniform((118, 118, 60, 80, 4), (138, 138, 85, 105, 20))
-            parts = [(0, 0, 256, 256, 85), (0, -h / 3, w + 16, 0.9 * h, 30), (0, 0, w, h, 70),
-                     (-w / 2, -20, 14, 18, 0), (w / 2, -20, 14, 18, 0), (0, h / 2, w / 2, lips, 40)]
-            draw = ImageDraw.Draw(tile := Image.new("RGB", (256, 256)))
-            for right, down, a, b, light in parts:
-                draw.ellipse((x + right - a, y + down - b, x + right + a, y + down + b),
-                             f"hsl({rng.integers(360)}, 70%, {light}%)")
-            pictures.append(np.array(tile.resize((64, 64), Image.Resampling.BOX)))
-        return len(pictures), torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2).__getitem__
-    root, archive = Path(args.data_dir), Path(args.data_dir, "celeba", "img_align_celeba.zip")
-    places = [Path(args.images)] if args.images else [  # torchvision's, Kaggle's, the official one
-        archive.with_suffix(""), root / "img_align_celeba", archive, root / archive.name]
-    for place in filter(Path.exists, places):
-        if path := decode_all(place, root, args.limit):
-            # Mapped anew for each batch, or all that was ever read would count as memory in use.
-            return len(np.load(path, mmap_mode="r")), lambda index: torch.tensor(
-                np.load(path, mmap_mode="r")[index]).permute(0, 3, 1, 2)
-    if args.images:
-        sys.exit(f"--images {args.images} is no folder with files in it, nor a .zip of them.")
-    try:
-        socket.setdefaulttimeout(60)  # seconds without a byte, instead of waiting for ever
-        download_url(URL, archive.parent, archive.name + ".part", MD5)
-        archive.with_suffix(".zip.part").replace(archive)
-    except Exception as error:  # torchvision raises many kinds
-        sys.exit(f"CelebA is not in {root} and cannot be fetched from {URL}: {error}\n"
-                 f"Put img_align_celeba.zip, or its folder unpacked, into {root} by hand, or learn "
-                 "from your own pictures, --images FOLDER, or try: python dcgan_celeba.py --toy")
-    return load_data(args)
+# ---- networks (the comments are output shapes for 64 x 64, without the batch's N) ----
 
 
 class Generator(nn.Sequential):
-    """Latent vectors N x latent_dim to pictures N x 3 x 64 x 64 in [-1, 1]."""
-    def __init__(self, latent_dim=100):
-        up = dict(kernel_size=4, stride=2, padding=1, bias=False)
-        super().__init__(
-            nn.Unflatten(1, (latent_dim, 1, 1)), nn.ConvTranspose2d(latent_dim, 512, 4, bias=False),
-            nn.BatchNorm2d(512), nn.ReLU(),                                            # 512x4x4
-            nn.ConvTranspose2d(512, 256, **up), nn.BatchNorm2d(256), nn.ReLU(),        # 256x8x8
-            nn.ConvTranspose2d(256, 128, **up), nn.BatchNorm2d(128), nn.ReLU(),        # 128x16x16
-            nn.ConvTranspose2d(128, 64, **up), nn.BatchNorm2d(64), nn.ReLU(),          # 64x32x32
-            nn.ConvTranspose2d(64, 3, 4, 2, 1), nn.Tanh())                             # 3x64x64
+    """Latent vectors N x latent_dim to images N x 3 x size x size in [-1, 1]."""
+
+    def __init__(self, latent_dim=100, size=64):
+        channels = 8 * size  # size: a power of two, at least 32
+        layers = [nn.ConvTranspose2d(latent_dim, channels, 4)]  # 512 x 4 x 4
+        while channels > 3:  # 256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32, 3 x 64 x 64
+            fewer = channels // 2 if channels > 64 else 3
+            layers += [
+                nn.BatchNorm2d(channels),
+                nn.ReLU(),
+                nn.ConvTranspose2d(channels, fewer, 4, 2, 1),
+            ]
+            channels = fewer
+        super().__init__(*layers, nn.Tanh())  # to [-1, 1]
+
+    def forward(self, z):
+        return super().forward(z[:, :, None, None])  # as an image of 1 x 1
 
 
 class Discriminator(nn.Sequential):
-    """Pictures N x 3 x 64 x 64 in [-1, 1] to logits N."""
-    def __init__(self):
-        down = dict(kernel_size=4, stride=2, padding=1, bias=False)
-        super().__init__(
-            nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2),                              # 64x32x32
-            nn.Conv2d(64, 128, **down), nn.BatchNorm2d(128), nn.LeakyReLU(0.2),        # 128x16x16
-            nn.Conv2d(128, 256, **down), nn.BatchNorm2d(256), nn.LeakyReLU(0.2),       # 256x8x8
-            nn.Conv2d(256, 512, **down), nn.BatchNorm2d(512), nn.LeakyReLU(0.2),       # 512x4x4
-            nn.Conv2d(512, 1, 4), nn.Flatten(0))                                       # 1x1x1
+    """Images N x 3 x size x size in [-1, 1] to logits N x 1.
+
+    size: a power of two, at least 32. Raises RuntimeError for images of another size.
+    """
+
+    def __init__(self, size=64):
+        channels = 64
+        layers = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]  # 64 x 32 x 32
+        while channels < 8 * size:  # 128 x 16 x 16, 256 x 8 x 8, 512 x 4 x 4
+            layers += [
+                nn.Conv2d(channels, channels * 2, 4, 2, 1),
+                nn.BatchNorm2d(channels * 2),
+                nn.LeakyReLU(0.2),
+            ]
+            channels *= 2
+        super().__init__(*layers, nn.Conv2d(channels, 1, 4), nn.Flatten())  # 1
+        self.size = size
+
+    def forward(self, x):
+        # expand() changes nothing here, but fails if the images have another size.
+        return super().forward(x.expand(-1, 3, self.size, self.size))
+
+
+# ---- training ------------------------------------------------------------------------
+
+
+def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=False, bf16=False):
+    """Updates D once, then G once, and returns a dict of scalar tensors.
+
+    real: images N x 3 x size x size in [-1, 1]; z: latent vectors N x latent_dim;
+    r1 adds the R1 penalty; bf16: mixed precision.
+    """
+    autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
+    # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
+    with autocast:
+        fake = generator(z)
+        # Two calls: in a mixed batch, BatchNorm would give fakes other logits than in
+        # (2), where D sees them alone.
+        real_logits = discriminator(real)
+        # detach() cuts G off: loss_d is not for G, and (2) needs the fakes' graph.
+        fake_logits = discriminator(fake.detach())
+        ones = torch.ones_like(real_logits)
+        loss_d = bce(real_logits, ones) + bce(fake_logits, 1 - ones)
+    opt_d.zero_grad()
+    loss_d.backward()
+    if r1:
+        r1_penalty(discriminator, real).backward()  # adds to D's gradients
+    average_gradients(discriminator)  # over all processes
+    opt_d.step()
+
+    # (2) Update G: minimise -log p(fake).
+    discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
+    with autocast:
+        new_fake_logits = discriminator(fake)  # D has changed since (1)
+        loss_g = bce(new_fake_logits, ones)  # low also if all fakes are the same image
+    opt_g.zero_grad()
+    loss_g.backward()
+    average_gradients(generator)
+    opt_g.step()
+    discriminator.requires_grad_(True)
+
+    return {  # tensors: .item(), which waits for the GPU, comes once per epoch
+        "loss_d": loss_d.detach(),  # without R1
+        "loss_g": loss_g.detach(),
+        "acc_real": (real_logits > 0).float().mean(),  # share with p > 0.5
+        "acc_fake": (fake_logits < 0).float().mean(),  # share with p < 0.5
+        "fool_rate": (new_fake_logits > 0).float().mean(),  # by the updated D
+    }
+
+
+def r1_penalty(discriminator, real):
+    """Returns R1_WEIGHT times the mean of |d logit / d image|^2 over real images.
+
+    It flattens D around real images, where a steep D would send fakes to and fro
+    (Mescheder et al. 2018). Not quite, with BatchNorm in D: see dcgan_cifar10.py.
+    """
+    real = real[::2].requires_grad_()  # half of the batch, to save time
+    logits = discriminator(real)
+    # Row i: d(sum of logits) / d(image i). create_graph: to differentiate it again.
+    (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+    return R1_WEIGHT * grad.square().sum() / len(real)
+
+
+def average_gradients(network):
+    """Gives each process the mean of all processes' gradients, in one message.
+
+    So all take the same steps, and their weights stay the same; BatchNorm sees only the
+    images of its own process. DistributedDataParallel would do it inside backward(),
+    but wraps each network under a second name; D's calls, R1's too, must go through it.
+    """
+    if TORCHRUN:
+        grads = [weight.grad for weight in network.parameters()]
+        mean = torch.cat([grad.flatten() for grad in grads])
+        distributed.all_reduce(mean)  # the sum
+        mean /= distributed.get_world_size()
+        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view(grad.shape))
+
+
+def update_average(average, generator, step):
+    """Moves the average a little towards the generator (Yazici et al. 2019)."""
+    decay = min(AVERAGE_DECAY, step / (step + 9))  # soon forgets the untrained weights
+    new = generator.state_dict()
+    for name, value in average.state_dict().items():  # changed in place
+        if value.is_floating_point():  # not BatchNorm's counter
+            value.lerp_(new[name], 1 - decay)
+
+
+def coverage(real, fake):
+    """Returns the share of the real images that the fakes cover, in [0, 1].
+
+    A real image is covered if a fake is closer to it than its own 5th nearest real one
+    (Naeem et al. 2020). Both are N x C x H x W, compared as thumbnails.
+    """
+    real = thumbnails(real)
+    radius = torch.cdist(real, real).kthvalue(6).values  # 1st: itself
+    nearest = torch.cdist(real, thumbnails(fake)).amin(1)
+    return (nearest < radius).float().mean().item()
+
+
+def train(args, device, bf16, data, checkpoint):
+    """Trains on data, uint8 N x 3 x size x size, a tensor or what is indexed like one.
+
+    Writes all results to args.out_dir. checkpoint: dict of a run to resume, or {}.
+    Raises FloatingPointError and OSError.
+    """
+    torch.manual_seed(args.seed)
+    real_images = data[torch.randperm(len(data))[:1000]] / 127.5 - 1
+    fixed_z = torch.randn(max(64, len(real_images)), args.latent_dim)  # for all epochs
+    generator = Generator(args.latent_dim, args.image_size)
+    discriminator = Discriminator(args.image_size)
+    # A pixel's channels side by side in memory: faster, but risky on a Mac's GPU.
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    for network in (generator, discriminator):
+        network.apply(init_weights).to(device, memory_format=layout)
+    average = copy.deepcopy(generator)
+    # beta1 is 0.5, not 0.9: old gradients mislead, as the opponent has moved since.
+    opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
+    opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
+    modules = {
+        "generator": generator,
+        "discriminator": discriminator,
+        "average": average,
+        "opt_g": opt_g,
+        "opt_d": opt_d,
+    }
+    history = checkpoint.get("history", [])
+    if checkpoint:
+        for name in modules:
+            modules[name].load_state_dict(checkpoint[name])
+    if not history and not args.rank:
+        save_checkpoint(args, modules, history)
+        save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
+        save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
+
+    images_per_step = args.batch_size * args.processes
+    passes = math.ceil(EPOCH_STEPS * images_per_step / len(data))  # of all images
+    epoch_steps = passes * len(data) // images_per_step  # without the last, shorter one
+    print(f"An epoch is {epoch_steps} updates: each image {passes} times.")
+    step = len(history) * epoch_steps
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        start = time.perf_counter()
+        torch.manual_seed(args.seed * 10_000 + epoch)  # the same when resumed
+        results = []
+        order = torch.randperm(passes * len(data)) % len(data)
+        for indices in order.split(images_per_step)[:epoch_steps]:
+            lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
+            opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
+            r1 = step % R1_INTERVAL == 0  # it is slow: rare but strong will do
+            # All processes draw the same random numbers, and each takes its share.
+            real = data[indices[args.rank :: args.processes]]
+            real = real.to(device, memory_format=layout) / 127.5 - 1  # to [-1, 1]
+            if step % 2 and not args.no_flip:
+                real = real.flip(3)  # mirrored: more data
+            z = torch.randn(args.processes, args.batch_size, args.latent_dim)[args.rank]
+            results.append(
+                train_step(
+                    generator, discriminator, opt_g, opt_d, real, z.to(device), r1, bf16
+                )
+            )
+            step += 1
+            update_average(average, generator, step)
+            show_progress(args, step, epoch_steps, start)
+        if args.rank:
+            continue  # one process measures and writes
+        fakes = sample(average, fixed_z)  # of the average, as are grids
+        row = {"epoch": epoch}
+        for name in results[0]:
+            row[name] = sum(result[name] for result in results).item() / epoch_steps
+        row["coverage"] = coverage(real_images, fakes[: len(real_images)])
+        row["seconds"] = time.perf_counter() - start
+        row["images_per_s"] = epoch_steps * images_per_step / row["seconds"]
+        if not math.isfinite(sum(row.values())):
+            raise FloatingPointError("A loss is not finite: resume with a smaller --lr")
+        history.append(row)
+        save_reports(args, history, fakes[:64])  # images/, losses.png, history.csv
+        save_checkpoint(args, modules, history)  # models/; generator.pth is the average
+        print_epoch(args, row)
+
+    if not args.rank:
+        check_copies(args, sample(average, fixed_z[:200]), real_images[:200], data)
+
+
+# ---- sampling ------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def sample(generator, z):
-    """Returns pictures N x 3 x 64 x 64, on the CPU, by a Generator for z N x latent_dim.
-    A new Generator needs .load_state_dict(torch.load("models/generator.pth", "cpu")) first."""
-    mode, device = generator.training, next(generator.parameters()).device
-    generator.eval()  # with BatchNorm's running statistics a picture depends on its own z alone
-    pictures = torch.cat([generator(part.to(device)).float().cpu() for part in z.split(100)])
-    generator.train(mode)
-    return pictures
+    """Returns images N x 3 x size x size in [-1, 1], on the CPU, for z N x latent_dim.
 
-
-def train(args, device, bf16, count, read, checkpoint, rank, world):
-    """Trains as process rank of world; raises FloatingPointError if a loss is not finite."""
-    steps = count // (per_step := args.batch_size * world)  # per_step: in all processes
-    if not steps:
-        sys.exit(f"{count} pictures do not fill a batch of {per_step}: lower --batch-size.")
-    print(f"{count:,} pictures, {world} x {device}{', bfloat16' * bf16}, to {args.out_dir!a}")
-    torch.manual_seed(args.seed)
-    fixed_z = torch.randn(256, args.latent_dim)  # the same for the pictures of every epoch
-    layout = dict(device=device, memory_format=torch.channels_last if device.type != "mps" else
-                  torch.contiguous_format)  # channels last is faster; on Macs BatchNorm fails in it
-    generator = Generator(args.latent_dim).apply(init_weights).to(**layout)
-    discriminator = Discriminator().apply(init_weights).to(**layout)
-    # Chasing D, G's weights circle around a balance: their average is nearer, and what we sample.
-    ema = AveragedModel(generator, use_buffers=True)
-    opt_g = torch.optim.Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
-    opt_d = torch.optim.Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
-    run = dict(generator=generator, discriminator=discriminator, ema=ema, opt_g=opt_g, opt_d=opt_d)
-    for name, part in run.items() if checkpoint else ():
-        part.load_state_dict(checkpoint[name])
-    history, images = checkpoint["history"] if checkpoint else [], Path(args.out_dir, "images")
-    if not rank:
-        save_run(args, run, history)
-    if not rank and not history:
-        save_grid(read(slice(64)) / 127.5 - 1, images / "real.png")
-        save_grid(sample(ema, fixed_z[:64]), images / "epoch_000.png")
-    if args.compile:  # in place: the names in the checkpoint stay as they are
-        generator.compile(), discriminator.compile()
-    wrap = nn.parallel.DistributedDataParallel if world > 1 else lambda net: net
-    net_g, net_d = wrap(generator), wrap(discriminator)  # averages gradients in backward()
-    real_std = read(slice(0, None, count // 1000 + 1)).float().std(0).mean().item() / 127.5 or 1
-    autocast, began = torch.autocast(device.type, torch.bfloat16, bf16), time.perf_counter()
-
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        torch.manual_seed(args.seed * 10_000 + epoch)  # resumed or not: the same numbers
-        order = torch.randperm(count)[:steps * per_step]  # the same in all processes
-        torch.manual_seed(args.seed * 10_000 + epoch + rank * 10**8)  # another z in each
-        means = torch.zeros(5, device=device)
-        for step, batch in enumerate(order.view(steps, world, -1)[:, rank], 1):  # its share
-            done = (epoch - 1) * steps + step - 1
-            for group in opt_g.param_groups + opt_d.param_groups:
-                group["lr"] = args.lr * (1 - done / (args.epochs * steps))  # falls to 0
-            r1, penalty = done % 16 == 0, 0
-            x = read(batch).to(**layout) / 127.5 - 1  # to [-1, 1], the range of G's tanh
-            x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)  # flip
-            z = torch.randn(args.batch_size, args.latent_dim, device=device)
-
-            # D: minimise softplus(-D(x)) + softplus(D(G(z))) = -log p(x) - log(1 - p(G(z))), where
-            # p = sigmoid(D). Real and fake go in apart: BatchNorm sees fakes alone, as in G's step.
-            with autocast:
-                fake = net_g(z)
-                on_fake = net_d(fake.detach())  # stops at G: its graph serves G's step
-                on_real = discriminator.forward(x.requires_grad_(r1))  # R1: no compile, no DDP
-            loss_d = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
-            if r1:  # R1 (Mescheder et al. 2018) keeps D from growing steep: each 16th step, 16-fold
-                grad, = torch.autograd.grad(on_real.sum(), x, create_graph=True)
-                penalty = 16 * 0.1 / 2 * grad.square().sum((1, 2, 3)).mean()
-            opt_d.zero_grad()
-            (loss_d + penalty).backward()
-            opt_d.step()
-
-            # G: minimise softplus(-D(G(z))) = -log p(G(z)). Where D spots fakes, p near 0,
-            # it is steep, and log(1 - p) flat. D is frozen: its own gradients would be thrown away.
-            discriminator.requires_grad_(False)
-            with autocast:
-                fooled = discriminator(fake)
-            loss_g = softplus(-fooled.float()).mean()
-            opt_g.zero_grad()
-            loss_g.backward()
-            opt_g.step()
-            discriminator.requires_grad_(True)
-            ema.multi_avg_fn = get_ema_multi_avg_fn(min(0.998, (done + 1) / (done + 10)))
-            ema.update_parameters(generator)  # takes in 9 / (done + 10), at least 0.2 %
-            shares = [(logits > 0).float().mean() for logits in (on_real, -on_fake, fooled)]
-            means += torch.stack([loss_d.detach(), loss_g.detach(), *shares]) / steps  # no sync
-            if sys.stdout.isatty() and step % 10 == 0:
-                left, speed = args.epochs * steps - done - 1, step / (time.perf_counter() - began)
-                print(f"epoch {epoch}/{args.epochs}  step {step}/{steps}  {left / speed:.0f} s left"
-                      f"  {speed * per_step:,.0f} pictures/s    ", end="\r", flush=True)
-
-        if world > 1:
-            distributed.all_reduce(means.div_(world))
-        pictures, seconds = sample(ema, fixed_z), time.perf_counter() - began
-        began += seconds
-        diversity = pictures.std(0).mean().item() / real_std  # 0: collapse; misses partial collapse
-        history.append([epoch, *means.tolist(), diversity, seconds, steps * per_step / seconds])
-        if not np.isfinite(history[-1]).all():
-            raise FloatingPointError("A loss is not finite: go on with a smaller --lr.")
-        if rank:
-            continue  # one process writes
-        if epoch % args.sample_every == 0 or epoch == args.epochs:
-            save_grid(pictures[:64], images / f"epoch_{epoch:03d}.png")
-        save_run(args, run, history)
-
-
-def save_run(args, run, history):
-    """Writes models/, history.csv, losses.png and progress.gif; prints the last epoch's line."""
-    out = Path(args.out_dir)
-    settings = {name: value for name, value in vars(args).items()
-                if name not in ("out_dir", "device", "compile", "resume", "generate")}
-    states = {name: part.state_dict() for name, part in run.items()}
-    for name, content in dict(
-            checkpoint=dict(script="dcgan_celeba", settings=settings, history=history, **states),
-            generator=run["ema"].module.state_dict(),
-            discriminator=states["discriminator"]).items():
-        # Written beside, then renamed: a run cut off at any moment leaves the old file or the new.
-        path, buffer = out / "models" / f"{name}.pth", io.BytesIO()
-        torch.save(content, buffer)
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            file.write(buffer.getbuffer()), file.flush(), os.fsync(file.fileno())  # to the disk
-        path.with_suffix(".tmp").replace(path)
-    if history:
-        header = "epoch,loss_d,loss_g,acc_real,acc_fake,fooled,diversity,seconds,images_per_s"
-        table = np.array(history)
-        np.savetxt(out / "history.csv", table, "%.6g", ",", header=header, comments="")
-        axes = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained").subplots()
-        axes.plot(table[:, 0], table[:, 1:7], label=header.split(",")[1:7])
-        axes.legend(title="by epoch", loc="upper left", bbox_to_anchor=(1, 1))
-        axes.figure.savefig(out / "losses.png")
-        frames = []
-        for i in range(len(history) + 1):
-            with suppress(OSError):  # there is none, or a power failure cut it off
-                frames.append(Image.open(out / "images" / f"epoch_{i:03d}.png").copy())
-        if frames:
-            frames[0].save(out / "progress.gif", append_images=frames[1:], save_all=True,
-                           duration=200, loop=0)
-        print("epoch {}/{}  loss D {:.3f} G {:.3f}  right on real {:.2f} fake {:.2f}  fooled {:.2f}"
-              "  diversity {:.2f}  {:.1f} s  {:,.0f} pictures/s".format(len(history), args.epochs,
-              *history[-1][1:]), " LOW DIVERSITY" * (history[-1][6] < 0.5), flush=True)
-
-
-def load_checkpoint(path):
-    """Returns the checkpoint; exits if it is missing, damaged or another script's."""
-    with suppress(Exception):  # of many kinds, by what is wrong with the file
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare the checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # it can run no code
-        if not damaged and checkpoint["script"] == "dcgan_celeba":
-            return checkpoint
-    sys.exit(f"{path} is missing, damaged or not dcgan_celeba.py's: train first or set --out-dir.")
+    In evaluation mode BatchNorm uses its running statistics; in training mode an image
+    would depend on the others in its batch. Afterwards the mode is as it was.
+    """
+    was_training = generator.training
+    device = next(generator.parameters()).device
+    generator.eval()
+    parts = [generator(part.to(device)).cpu() for part in z.split(64)]  # saves memory
+    generator.train(was_training)
+    return torch.cat(parts)
 
 
 def generate(args, device, checkpoint):
-    """Writes args.generate PNG files, a grid and a walk to generated/; OSError if it cannot."""
-    ema = AveragedModel(Generator(args.latent_dim)).to(device)
-    ema.load_state_dict(checkpoint["ema"])
-    folder = Path(args.out_dir, "generated")
-    if folder.exists():
-        sys.exit(f"{folder} exists, and nothing is overwritten: rename or delete it first.")
-    folder.mkdir()
-    torch.manual_seed(args.seed)
-    for i, z in enumerate(torch.randn(args.generate, args.latent_dim).split(1)):
-        pixels = ((sample(ema, z)[0] + 1) * 127.5).round().byte().numpy()
-        Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{i:05d}.png")
-    save_grid(sample(ema, torch.randn(64, args.latent_dim)), folder / "grid.png")
-    a, b = torch.randn(2, 8, 1, args.latent_dim)
-    t = torch.linspace(0, torch.pi / 2, 10)[:, None]  # quarter circle: a line would come near 0
-    save_grid(sample(ema, (a * t.cos() + b * t.sin()).flatten(0, 1)), folder / "walk.png", 10)
+    """Writes args.generate images, a grid of others, and a latent walk."""
+    generator = Generator(args.latent_dim, args.image_size).to(device)
+    generator.load_state_dict(checkpoint["average"])
+    folder = f"{args.out_dir}/generated"
+    if os.path.exists(folder):
+        raise FileExistsError(f"{folder} exists: rename or delete it first")
+    os.makedirs(folder)
+    torch.manual_seed(args.seed + 1)  # not the z of training's grids
+    images = sample(generator, torch.randn(64, args.latent_dim))
+    save_grid(images, f"{folder}_grid.png")
+    # Each row leads from z1 to z2 on a quarter circle. As cos^2 + sin^2 = 1, its z are
+    # normal as in training; halfway on a straight line the variance would be 1/2.
+    z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
+    angle = torch.linspace(0, math.pi / 2, 8)[:, None]  # 8 x 1, and z1 8 x 1 x dim
+    z = (z1 * angle.cos() + z2 * angle.sin()).flatten(0, 1)
+    save_grid(sample(generator, z), f"{args.out_dir}/latent_walk.png")
+    for i, z in enumerate(torch.randn(args.generate, 1, args.latent_dim)):
+        image = sample(generator, z)[0]
+        ToPILImage()((image + 1) / 2).save(f"{folder}/{i:05d}.png")
+
+
+# ---- from here on, nothing is about GANs: data, files, flags and main ----------------
+
+URL = "https://s3-us-west-1.amazonaws.com/udacity-dlnfd/datasets/celeba.zip"
+MD5 = "00d2c5bc6d35e252742224ab0c1e8fcb"
+
+
+@dataclass
+class DecodedImages:
+    """A file of decoded images; data[indices] reads uint8 N x 3 x size x size."""
+
+    path: str
+    size: int
+
+    def __len__(self):
+        return os.path.getsize(self.path) // (3 * self.size**2)
+
+    def __getitem__(self, indices):
+        # Mapped anew each time, or all that was ever read would count as memory in use.
+        images = np.memmap(self.path).reshape(-1, self.size, self.size, 3)
+        return torch.tensor(images[indices]).permute(0, 3, 1, 2)
+
+
+def find_celeba(data_dir):
+    """Returns the folder of CelebA's images, after download if there is none."""
+    for folder in (f"{data_dir}/celeba", f"{data_dir}/img_align_celeba"):
+        if os.path.isdir(folder):
+            return folder
+    archive = f"{data_dir}/img_align_celeba.zip"  # put there by hand
+    temporary = f"{data_dir}/celeba.tmp"
+    socket.setdefaulttimeout(60)  # a server that is silent for a minute will not answer
+    try:
+        if os.path.exists(archive):
+            extract_archive(archive, temporary)
+        else:
+            download_and_extract_archive(
+                URL, data_dir, temporary, "celeba_download.zip", MD5
+            )
+        os.rename(temporary, f"{data_dir}/celeba")  # only when it is whole
+        return f"{data_dir}/celeba"
+    except Exception as error:  # torchvision raises many types
+        sys.exit(
+            f"CelebA could be neither read nor downloaded ({error!r}). Put its "
+            f"img_align_celeba.zip into {data_dir} by hand, or learn from your own "
+            f"images, --images FOLDER, or synthetic ones: python {sys.argv[0]} --toy"
+        )
+
+
+def find_images(folder):
+    """Returns the paths of all images in a folder and its subfolders, sorted."""
+    files = [
+        path
+        for path in sorted(Path(folder).rglob("*"))  # follows no links to folders
+        if path.suffix.lower() in Image.registered_extensions()
+        and "/." not in f"/{path.relative_to(folder).as_posix()}"  # not hidden
+        and path.is_file()
+    ]
+    if not files:
+        sys.exit(
+            f"There are no images in {folder} that Pillow can read (HEIC: convert them "
+            "first). Name another folder by --images."
+        )
+    return files
+
+
+def load_data(args):
+    """Returns the training images, uint8 N x 3 x size x size: indexed like a tensor.
+
+    Files are decoded once. Raises OSError and MemoryError if disk or memory fail.
+    """
+    size = args.image_size
+    if args.toy:
+        return draw_faces(args.limit or 600, size)
+    files = find_images(args.images or find_celeba(args.data_dir))[: args.limit]
+    # Another name, so all is decoded again, if a file, the size or decode() changes.
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime) for file in files]
+    key = repr((state, size, inspect.getsource(decode))).encode()
+    path = f"{args.data_dir}/decoded_{hashlib.sha256(key).hexdigest()[:16]}"
+    if not os.path.exists(path):
+        os.makedirs(args.data_dir, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=args.data_dir) as temporary:
+            with (
+                open(f"{temporary}/images", "wb") as output,
+                ThreadPoolExecutor(4) as pool,
+            ):
+                for i in range(0, len(files), 200):  # not all at once, for the memory
+                    print(f"{i:,} of {len(files):,} decoded", end="\r", flush=True)
+                    part = pool.map(try_decode, files[i : i + 200], [size] * 200)
+                    output.writelines(part)
+            os.replace(f"{temporary}/images", path)
+    return DecodedImages(path, size)
+
+
+def try_decode(file, size):
+    """Returns what decode() does, or no bytes for an image that is damaged."""
+    try:
+        return decode(file, size)
+    except Exception as error:  # Pillow raises many types
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise  # the memory or the disk failed, and the image may be good
+        print(f"Left out: {str(file)!a}: {error}")
+        return b""
+
+
+def decode(file, size):
+    """Returns the middle of an image, as the bytes of size x size x 3."""
+    with Image.open(file) as image:
+        if min(image.size) < 8:
+            raise ValueError(f"{image.width} x {image.height} is below 8 x 8")
+        image.draft("RGB", (size, size))  # a JPEG is read at 1/2, 1/4 or 1/8 if it can
+        image.load()
+        with suppress(Exception):  # where EXIF is damaged, as viewers do
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16 bits of grey
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
+        image = ImageOps.fit(image.convert("RGBA"), (size, size))
+        white = Image.new("RGBA", (size, size), "white")
+        return Image.alpha_composite(white, image).convert("RGB").tobytes()
+
+
+def draw_faces(count, size):
+    """Draws synthetic faces of ellipses, random in colours, place, size and angle."""
+    torch.manual_seed(0)
+    vary = RandomAffine(10, (0.08, 0.08), (0.8, 1.2))  # turn, move, resize
+    images = []
+    for _ in range(count):
+        image = Image.new("RGB", (64, 64))
+        for box in (
+            (12, 4, 52, 60),  # head: left, top, right, bottom
+            (20, 22, 28, 32),  # eyes
+            (36, 22, 44, 32),
+            (22, 42, 42, 52),  # mouth
+        ):
+            color = tuple(torch.randint(256, (3,)).tolist())
+            ImageDraw.Draw(image).ellipse(box, color)
+        images.append(PILToTensor()(vary(image).resize((size, size))))
+    return torch.stack(images)
+
+
+# ---- files ---------------------------------------------------------------------------
+
+
+def save_checkpoint(args, modules, history):
+    """Writes models/: the checkpoint, and both networks by themselves for later use."""
+    not_saved = "out_dir data_dir device resume generate rank processes".split()
+    settings = {
+        name: value for name, value in vars(args).items() if name not in not_saved
+    }
+    checkpoint = {"settings": settings, "history": history}
+    for name, module in modules.items():
+        checkpoint[name] = module.state_dict()
+    save(checkpoint["average"], f"{args.out_dir}/models/generator.pth")
+    save(checkpoint["discriminator"], f"{args.out_dir}/models/discriminator.pth")
+    save(checkpoint, f"{args.out_dir}/models/checkpoint.pth")
+
+
+def save(content, path):
+    """Writes a file atomically: after a kill it is whole, either the old or the new."""
+    try:
+        torch.save(content, f"{path}.tmp")
+    except RuntimeError as error:
+        raise OSError(f"{path} could not be written (is the disk full?)") from error
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path):
+    """Returns the checkpoint and the flags, with its settings in place of defaults."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        settings = checkpoint["settings"]
+        args = parse_args(**settings)
+        for name in ("image_size", "latent_dim", "beta1", "toy"):
+            if vars(args)[name] != settings[name]:
+                sys.exit(
+                    f"This run has --{name.replace('_', '-')} {settings[name]}, which "
+                    "stays: leave it out, or start a new run in another --out-dir."
+                )
+        print(
+            f"{len(checkpoint['history'])} epochs are done; --epochs is {args.epochs}."
+        )
+        return checkpoint, args
+    except Exception as error:  # torch raises many types
+        sys.exit(
+            f"{path} is missing, damaged or not from this script ({error!r:.300}). "
+            "Train first, or set --out-dir to the folder of a run."
+        )
+
+
+def save_reports(args, history, images):
+    """Writes the epoch's grid, losses.png and history.csv. An error is only printed."""
+    epoch = len(history)
+    try:
+        if epoch % args.sample_every == 0 or epoch == args.epochs:
+            save_grid(images, f"{args.out_dir}/images/epoch_{epoch:03d}.png")
+        plot_history(history, f"{args.out_dir}/losses.png")
+        with open(f"{args.out_dir}/history.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, history[0])
+            writer.writeheader()
+            writer.writerows(history)
+    except OSError as error:
+        print(f"Warning: {str(error)!a}. The run continues and tries again.")
+
+
+def plot_history(history, path):
+    """Plots the losses on the left, and what lies between 0 and 1 on the right."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.axhline(1.386, linestyle=":", label="D guesses")
+    left.axhline(0.693, linestyle=":")
+    right.set_ylim(0, 1)
+    for name in list(history[0])[1:7]:
+        axes = left if name.startswith("loss") else right
+        axes.plot(
+            range(1, len(history) + 1), [row[name] for row in history], label=name
+        )
+        axes.set_xlabel("epoch")
+        axes.locator_params("x", integer=True)
+        axes.legend()
+    figure.savefig(path)
+
+
+def thumbnails(images):
+    """Returns images N x C x H x W as N rows of 8 x 8 pixels, for fast comparisons."""
+    return nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
+
+
+def check_copies(args, fake, real, data):
+    """Prints the copy ratio, and saves fakes above their nearest training images.
+
+    The ratio: the median distance from a fake to its nearest training image, over the
+    same from real ones to the nearest other. Near 1: new images. Towards 0: copies.
+    """
+    small = torch.cat(  # all at once and in full size would not fit into the memory
+        [
+            thumbnails(data[part] / 127.5 - 1)
+            for part in torch.arange(len(data)).split(1000)
+        ]
+    )
+    nearest = torch.cdist(thumbnails(fake), small).min(1)
+    other = torch.cdist(thumbnails(real), small).kthvalue(2).values  # 1st: itself
+    pairs = torch.cat([fake, data[nearest.indices] / 127.5 - 1], 2)
+    save_grid(pairs[:40], f"{args.out_dir}/images/nearest.png")
+    ratio = nearest.values.median() / other.median()
+    print(f"copy ratio {ratio:.2f}: see images/nearest.png")
+
+
+def save_gif(args):
+    """Writes progress.gif from the saved grids. An error is only printed."""
+    try:
+        files = sorted(Path(f"{args.out_dir}/images").glob("epoch_*.png"))
+        frames = [Image.open(file) for file in files]
+        if frames:
+            frames[0].save(
+                f"{args.out_dir}/progress.gif",
+                append_images=frames[1:],
+                save_all=True,
+                duration=200,
+                loop=0,
+            )
+    except OSError as error:
+        print(f"Warning: {str(error)!a}. progress.gif is missing or old.")
+
+
+def show_progress(args, step, epoch_steps, start):
+    """Rewrites the last line of a terminal."""
+    if sys.stdout.isatty():
+        speed = (step % epoch_steps or epoch_steps) / (time.perf_counter() - start)
+        print(
+            f"step {step}/{args.epochs * epoch_steps}  {speed:.1f} steps/s "
+            f"{(args.epochs * epoch_steps - step) / speed:.0f} s left   ",
+            end="\r",
+            flush=True,
+        )
+
+
+def print_epoch(args, row):
+    """Prints an epoch's numbers, and a warning if hardly any real image is covered."""
+    print(
+        f"epoch {row['epoch']}/{args.epochs}  loss_d {row['loss_d']:.3f}  loss_g "
+        f"{row['loss_g']:.3f}  acc_real {row['acc_real']:.2f}  acc_fake "
+        f"{row['acc_fake']:.2f}  fool_rate {row['fool_rate']:.2f}  coverage "
+        f"{row['coverage']:.2f}  {row['seconds']:.1f} s  {row['images_per_s']:,.0f} "
+        f"images/s{'  LOW COVERAGE' if row['coverage'] < 0.1 else ''}",
+        flush=True,
+    )
+
+
+# ---- flags and main ------------------------------------------------------------------
+
+
+def parse_args(**settings):
+    """Returns the flags; settings, of a checkpoint, take the place of the defaults."""
+    parser = argparse.ArgumentParser()
+    flag = parser.add_argument
+    flag("--images", type=os.path.realpath, help="folder of your own images (CelebA)")
+    flag(
+        "--image-size",
+        type=int,
+        choices=[32, 64, 128, 256, 512, 1024],
+        default=64,
+        help="width and height (%(default)s)",
+    )
+    flag("--no-flip", action="store_true", help="mirror no image (text, logos)")
+    flag("--epochs", type=positive, help="passes over the data (50; toy 5)")
+    flag("--batch-size", type=positive, help="images a step (64; few images 16)")
+    flag("--lr", type=float, default=4e-4, help="first learning rate (%(default)s)")
+    flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
+    flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")
+    flag("--sample-every", type=positive, default=1, help="epochs a grid (%(default)s)")
+    flag("--data-dir", default="data", help="where images are or goes (%(default)s)")
+    flag("--out-dir", default=f"runs/{Path(__file__).stem}", help="files (%(default)s)")
+    flag("--limit", type=positive, help="use only so many images (all)")
+    flag("--toy", action="store_true", help="learn synthetic faces, with no download")
+    flag("--seed", type=int, default=0, help="random seed (%(default)s)")
+    flag("--device", help="cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
+    flag("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (if native)")
+    flag("--resume", action="store_true", help="continue the run in --out-dir")
+    flag("--generate", type=positive, help="write so many images (others: --seed 1)")
+    parser.set_defaults(**settings)
+    args = parser.parse_args()
+    args.epochs = args.epochs or (5 if args.toy else 50)
+    if not args.lr > 0 or not 0 <= args.beta1 < 1:
+        parser.error(
+            f"--lr {args.lr} is not above 0 or --beta1 {args.beta1} not in [0, 1)"
+        )
+    args.rank = int(os.environ["RANK"]) if TORCHRUN else 0
+    args.processes = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+    return args
+
+
+def positive(text):
+    """Returns a flag's text as a whole number from 1 up."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def choose_device(name):
+    """Returns the device of that name; without one, a GPU that works, or the CPU."""
+    device = (
+        name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    )
+    try:
+        return torch.ones(1, device=device).device
+    except Exception as error:  # torch raises many types
+        if name:
+            sys.exit(f"--device {name} cannot be used: {error}")
+        print(f"Using the CPU, as {device} cannot be used: {error}")
+        return torch.device("cpu")
+
+
+def has_bfloat16(device):
+    """Tells whether the device has bfloat16 in hardware; without, float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11
+    return device.type == "cpu" and capabilities.get("avx512_bf16", False)
+
+
+def explain(error, args):
+    """Returns what to tell the user of an error that is no bug; raises a bug again."""
+    reason = str(error) or "Stopped"
+    if "to allocate" in reason:
+        reason = f"Out of memory: add --batch-size {args.batch_size // 2}"
+    elif "state_dict" in reason:
+        reason = "The networks in this script do not fit the checkpoint (edited?)"
+    elif not isinstance(error, (KeyboardInterrupt, OSError, FloatingPointError)):
+        raise error
+    if getattr(error, "errno", None) in (13, 30):  # no permission, read-only
+        reason += ". Name folders that can be written to: --data-dir and --out-dir"
+    if Path(f"{args.out_dir}/models/checkpoint.pth").exists() and not args.generate:
+        start = f"torchrun --nproc-per-node {args.processes}"
+        if args.processes == 1:
+            start = "python"
+        reason += f'. Resume: {start} {sys.argv[0]} --resume --out-dir "{args.out_dir}"'
+    return f"\n{reason}"
 
 
 def main():
-    args, checkpoint = parse_args(), None
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-    sys.stdout = open(os.devnull, "w") if rank else sys.stdout  # one process prints
-    out, saved = Path(args.out_dir), Path(args.out_dir, "models", "checkpoint.pth")
+    args = parse_args()
+    checkpoint = {}
     if args.resume or args.generate:
-        checkpoint = load_checkpoint(saved)
-        args, old = parse_args(checkpoint["settings"]), checkpoint["settings"]
-        if any(vars(args)[n] != old[n] for n in ("beta1", "latent_dim", "toy")):
-            sys.exit(f"{saved}: a run keeps its --beta1, --latent-dim and --toy.")
-    elif any(path.is_file() and path.suffix != ".tmp" for path in out.rglob("*")):
-        sys.exit(f"{out} is not empty: add --resume if it holds a run, or change --out-dir.")
-    if args.images and (args.toy or any(Path(args.images).resolve() in Path(
-            path, "file").resolve().parents for path in (out, args.data_dir))):
-        sys.exit("--images must not contain --out-dir or --data-dir, nor go with --toy.")
-    try:
-        if world > 1 and args.device in (None, "cuda") and torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
-        device = torch.device(args.device or torch.accelerator.current_accelerator(True) or "cpu")
-        torch.ones(1, device=device).cpu()
-    except Exception as error:  # of many kinds, by what is missing
-        sys.exit(f"--device {args.device or ''} cannot be used: {str(error).splitlines()[0]}")
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
-    native = (torch.cuda.is_bf16_supported(False) if device.type == "cuda"
-              else device.type == "cpu" and cpu.get("avx512_bf16", False))
-    bf16 = native if args.bf16 is None else args.bf16  # not native: float32 is faster
+        checkpoint, args = load_checkpoint(f"{args.out_dir}/models/checkpoint.pth")
+    elif any(Path(args.out_dir).rglob("*.p[nt]*")):  # .png and .pth
+        sys.exit(f"{args.out_dir} holds a run: add --resume, or another --out-dir.")
+    if args.images and Path(args.out_dir).resolve().is_relative_to(args.images):
+        sys.exit("--out-dir must not lie in --images: what is in it would be learned.")
+    if TORCHRUN and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # one GPU per process
+    device = choose_device(args.device)
+    bf16 = has_bfloat16(device) if args.bf16 is None else args.bf16
+    if args.rank:
+        sys.stdout = open(os.devnull, "w")  # one process prints
     try:
         if args.generate:
-            return rank or generate(args, device, checkpoint)
-        (out / "models").mkdir(parents=True, exist_ok=True)
-        data = None if rank else load_data(args)  # the others wait below, until all is decoded
-        if world > 1:
-            kind = "nccl" if device.type == "cuda" and distributed.is_nccl_available() else "gloo"
-            distributed.init_process_group(kind, timeout=timedelta(days=1)), distributed.barrier()
-        train(args, device, bf16, *(data or load_data(args)), checkpoint, rank, world)
-        if world > 1:
-            distributed.destroy_process_group()
-    except (KeyboardInterrupt, OSError, FloatingPointError) as error:
-        start = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
-        hint = f'\nGo on from the last epoch: {start} dcgan_celeba.py --resume --out-dir "{out}"'
-        sys.exit(f"\nStopped. {error}{hint if saved.exists() and not args.generate else ''}")
+            generate(args, device, checkpoint)
+        else:
+            os.makedirs(f"{args.out_dir}/models", exist_ok=True)
+            if args.rank == 0:
+                data = load_data(args)
+            if TORCHRUN:  # here the others wait until all is decoded
+                distributed.init_process_group(timeout=timedelta(days=1))
+            if args.rank:
+                data = load_data(args)
+            if len(data) < 6:
+                sys.exit("Fewer than 6 images can be used: name others by --images.")
+            if not args.batch_size:
+                args.batch_size = 16 if len(data) < 64 * EPOCH_STEPS else 64
+            print(
+                f"{len(data):,} images, on {args.processes} x {device} in "
+                f"{'bfloat16' if bf16 else 'float32'}"
+            )
+            train(args, device, bf16, data, checkpoint)
+            if TORCHRUN:
+                distributed.destroy_process_group()
+        print(f"The results are in {args.out_dir!a}.")
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(explain(error, args))
+    finally:
+        if args.rank == 0:
+            save_gif(args)
 
 
 if __name__ == "__main__":
