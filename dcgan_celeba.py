@@ -5,7 +5,7 @@ what changes when the data is large and your own, and the training long:
 
 - Image size: 64 x 64, or another power of two. Each doubling adds a block to G and D.
 - Decoding: each file is decoded once, and batches are read from one file of bytes.
-- Few images: an epoch is so many passes over them as make 100 updates.
+- Few images: an epoch has at least 100 updates, in as many passes as that takes.
 - Several GPUs: torchrun starts a process per GPU, and their gradients are averaged.
 - Copying: G may learn a few images by heart. The copy ratio, printed at the end, tells.
 
@@ -209,7 +209,8 @@ def train(args, device, bf16, data, checkpoint):
     Raises FloatingPointError and OSError.
     """
     torch.manual_seed(args.seed)
-    real_images = data[torch.randperm(len(data))[:1000]] / 127.5 - 1
+    count = 64_000 // args.image_size  # 1,000: fewer if large, for the memory
+    real_images = data[torch.randperm(len(data))[:count]] / 127.5 - 1
     fixed_z = torch.randn(max(64, len(real_images)), args.latent_dim)  # for all epochs
     generator = Generator(args.latent_dim, args.image_size)
     discriminator = Discriminator(args.image_size)
@@ -312,8 +313,8 @@ def generate(args, device, checkpoint):
         raise FileExistsError(f"{folder} exists: rename or delete it first")
     os.makedirs(folder)
     torch.manual_seed(args.seed + 1)  # not the z of training's grids
-    images = sample(generator, torch.randn(64, args.latent_dim))
-    save_grid(images, f"{folder}_grid.png")
+    z = torch.randn(64, args.latent_dim)
+    save_grid(sample(generator, z), f"{folder}_grid.png")
     # Each row leads from z1 to z2 on a quarter circle. As cos^2 + sin^2 = 1, its z are
     # normal as in training; halfway on a straight line the variance would be 1/2.
     z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
@@ -343,8 +344,8 @@ class DecodedImages:
 
     def __getitem__(self, indices):
         # Mapped anew each time, or all that was ever read would count as memory in use.
-        images = np.memmap(self.path).reshape(-1, self.size, self.size, 3)
-        return torch.tensor(images[indices]).permute(0, 3, 1, 2)
+        images = np.memmap(self.path, mode="r").reshape(-1, self.size, self.size, 3)
+        return torch.from_numpy(images[indices.numpy()]).permute(0, 3, 1, 2)
 
 
 def find_celeba(data_dir):
@@ -400,7 +401,7 @@ def load_data(args):
     files = find_images(args.images or find_celeba(args.data_dir))[: args.limit]
     # Another name, so all is decoded again, if a file, the size or decode() changes.
     state = [(str(file), file.stat().st_size, file.stat().st_mtime) for file in files]
-    key = repr((state, size, inspect.getsource(decode))).encode()
+    key = f"{state} {size} {inspect.getsource(decode)}".encode()
     path = f"{args.data_dir}/decoded_{hashlib.sha256(key).hexdigest()[:16]}"
     if not os.path.exists(path):
         os.makedirs(args.data_dir, exist_ok=True)
@@ -440,7 +441,7 @@ def decode(file, size):
         if image.mode.startswith("I"):  # 16 bits of grey
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         image = ImageOps.fit(image.convert("RGBA"), (size, size))
-        white = Image.new("RGBA", (size, size), "white")
+        white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB").tobytes()
 
 
@@ -451,14 +452,10 @@ def draw_faces(count, size):
     images = []
     for _ in range(count):
         image = Image.new("RGB", (64, 64))
-        for box in (
-            (12, 4, 52, 60),  # head: left, top, right, bottom
-            (20, 22, 28, 32),  # eyes
-            (36, 22, 44, 32),
-            (22, 42, 42, 52),  # mouth
-        ):
-            color = tuple(torch.randint(256, (3,)).tolist())
-            ImageDraw.Draw(image).ellipse(box, color)
+        draw = ImageDraw.Draw(image)
+        draw.ellipse((12, 4, 52, 60), tuple(torch.randint(80, 256, [3]).tolist()))
+        for box in ((20, 22, 28, 32), (36, 22, 44, 32), (22, 42, 42, 52)):
+            draw.ellipse(box, 0)  # eyes and mouth
         images.append(PILToTensor()(vary(image).resize((size, size))))
     return torch.stack(images)
 
@@ -555,6 +552,7 @@ def check_copies(args, fake, real, data):
 
     The ratio: the median distance from a fake to its nearest training image, over the
     same from real ones to the nearest other. Near 1: new images. Towards 0: copies.
+    They are compared as thumbnails; half of the copies, mirrored, may count as new.
     """
     small = torch.cat(  # all at once and in full size would not fit into the memory
         [
@@ -566,8 +564,7 @@ def check_copies(args, fake, real, data):
     other = torch.cdist(thumbnails(real), small).kthvalue(2).values  # 1st: itself
     pairs = torch.cat([fake, data[nearest.indices] / 127.5 - 1], 2)
     save_grid(pairs[:40], f"{args.out_dir}/images/nearest.png")
-    ratio = nearest.values.median() / other.median()
-    print(f"copy ratio {ratio:.2f}: see images/nearest.png")
+    print(f"copy ratio {nearest.values.median() / other.median():.2f}: nearest.png")
 
 
 def save_gif(args):
@@ -622,14 +619,14 @@ def parse_args(**settings):
     flag(
         "--image-size",
         type=int,
-        choices=[32, 64, 128, 256, 512, 1024],
+        choices=[32, 64, 128, 256, 512],
         default=64,
         help="width and height (%(default)s)",
     )
     flag("--no-flip", action="store_true", help="mirror no image (text, logos)")
-    flag("--epochs", type=positive, help="passes over the data (50; toy 5)")
+    flag("--epochs", type=positive, help="how many: see the top (50; toy 5)")
     flag("--batch-size", type=positive, help="images a step (64; few images 16)")
-    flag("--lr", type=float, default=4e-4, help="first learning rate (%(default)s)")
+    flag("--lr", type=float, help="first learning rate (4e-4; toy 1e-3)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")
     flag("--sample-every", type=positive, default=1, help="epochs a grid (%(default)s)")
@@ -645,6 +642,8 @@ def parse_args(**settings):
     parser.set_defaults(**settings)
     args = parser.parse_args()
     args.epochs = args.epochs or (5 if args.toy else 50)
+    if args.lr is None:
+        args.lr = 1e-3 if args.toy else 4e-4
     if not args.lr > 0 or not 0 <= args.beta1 < 1:
         parser.error(
             f"--lr {args.lr} is not above 0 or --beta1 {args.beta1} not in [0, 1)"
@@ -687,7 +686,7 @@ def explain(error, args):
     """Returns what to tell the user of an error that is no bug; raises a bug again."""
     reason = str(error) or "Stopped"
     if "to allocate" in reason:
-        reason = f"Out of memory: add --batch-size {args.batch_size // 2}"
+        reason = f"Out of memory: add --batch-size {(args.batch_size or 16) // 2}"
     elif "state_dict" in reason:
         reason = "The networks in this script do not fit the checkpoint (edited?)"
     elif not isinstance(error, (KeyboardInterrupt, OSError, FloatingPointError)):
@@ -695,9 +694,8 @@ def explain(error, args):
     if getattr(error, "errno", None) in (13, 30):  # no permission, read-only
         reason += ". Name folders that can be written to: --data-dir and --out-dir"
     if Path(f"{args.out_dir}/models/checkpoint.pth").exists() and not args.generate:
-        start = f"torchrun --nproc-per-node {args.processes}"
-        if args.processes == 1:
-            start = "python"
+        several = f"torchrun --nproc-per-node {args.processes}"
+        start = several if args.processes > 1 else "python"
         reason += f'. Resume: {start} {sys.argv[0]} --resume --out-dir "{args.out_dir}"'
     return f"\n{reason}"
 
@@ -722,7 +720,7 @@ def main():
             generate(args, device, checkpoint)
         else:
             os.makedirs(f"{args.out_dir}/models", exist_ok=True)
-            if args.rank == 0:
+            if not args.rank:
                 data = load_data(args)
             if TORCHRUN:  # here the others wait until all is decoded
                 distributed.init_process_group(timeout=timedelta(days=1))
@@ -743,7 +741,7 @@ def main():
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(explain(error, args))
     finally:
-        if args.rank == 0:
+        if not args.rank:
             save_gif(args)
 
 

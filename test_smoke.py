@@ -1203,6 +1203,8 @@ class CelebaTest(RunTests, Folder):
         with open(path, "wb") as file:
             file.truncate(30_000 * 64 * 64 * 3)  # 369 MB
         data, pages = dcgan_celeba.DecodedImages(path, 64), []
+        path.chmod(0o444)
+        self.assertEqual(data[torch.tensor([5])].shape, (1, 3, 64, 64))
         for indices in torch.arange(len(data)).split(100):
             self.assertEqual(data[indices].shape, (100, 3, 64, 64))
             pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
