@@ -247,7 +247,7 @@ def train(args, device, bf16, data, checkpoint):
         start = time.perf_counter()
         torch.manual_seed(args.seed * 10_000 + epoch)  # the same when resumed
         results = []
-        order = torch.randperm(passes * len(data)) % len(data)
+        order = torch.randperm(passes * len(data)) % len(data)  # each so many times
         for indices in order.split(images_per_step)[:epoch_steps]:
             lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
             opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
