@@ -7,11 +7,15 @@ what changes when the data is large and your own, and the training long:
 - Decoding: each file is decoded once, and batches are read from one file of bytes.
 - Few images: an epoch has at least 100 updates, in as many passes as that takes.
 - Several GPUs: torchrun starts a process per GPU, and their gradients are averaged.
-- Copying: G may learn a few images by heart. The copy ratio, printed at the end, tells.
+- Copying: G may learn a few images by heart. The copy ratio, see check_copies(), tells.
+
+Healthy, after 18 epochs of 23,707 faces, an hour on a CPU: loss_d 0.76, loss_g 1.33,
+acc_real 0.94, acc_fake 0.95, fool_rate 0.01, coverage 0.95, copy ratio 1.05.
 
     python dcgan_celeba.py --epochs 50                          # CelebA, 1.4 GB
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own images
     python dcgan_celeba.py --images FOLDER --image-size 128 --out-dir runs/large
+    python dcgan_celeba.py --generate 100 --out-dir runs/mine   # after training
     python dcgan_celeba.py --toy --out-dir runs/toy             # with no download
     torchrun --nproc-per-node 2 dcgan_celeba.py --out-dir runs/two_gpus
 
@@ -82,10 +86,7 @@ class Generator(nn.Sequential):
 
 
 class Discriminator(nn.Sequential):
-    """Images N x 3 x size x size in [-1, 1] to logits N x 1.
-
-    size: a power of two, at least 32. Raises RuntimeError for images of another size.
-    """
+    """Images N x 3 x size x size to logits N x 1; other sizes raise RuntimeError."""
 
     def __init__(self, size=64):
         channels = 64
