@@ -1,20 +1,20 @@
 """A DCGAN for faces, or for your own images of any size. Read dcgan_cifar10.py first.
 
-The networks, now wider, and the training step are those of dcgan_cifar10.py without
-labels. New is what changes when data is large and your own, and the training long:
+As dcgan_cifar10.py, with wider networks and no labels. New is what your own data needs:
 
 - Image size: 64 x 64, or another power of two. Each doubling adds a block to G and D.
 - Decoding: each file is decoded once, and batches are read from one file of bytes.
-- Few images: an epoch has at least 100 updates, in as many passes as that takes.
+- Few images: an epoch has at least 100 updates, in as many passes as that takes. With
+  400 photographs, at 64 x 64, faces can be seen after 5 epochs, 80 s on a CPU.
 - Several GPUs: torchrun starts a process per GPU, and their gradients are averaged.
 - Copying: G may learn a few images by heart. The copy ratio, see check_copies(), tells.
 
-Healthy, after 18 epochs of 23,707 photographs of faces: loss_d 0.73, loss_g 1.29,
+Healthy, after 18 epochs of 23,707 photographs, not CelebA's: loss_d 0.73, loss_g 1.29,
 acc_real 0.97, acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08.
 
     python dcgan_celeba.py --epochs 50                          # CelebA, 1.4 GB
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own images
-    python dcgan_celeba.py --images FOLDER --image-size 128 --out-dir runs/large
+    python dcgan_celeba.py --images FOLDER --out-dir runs/large --image-size 128
     python dcgan_celeba.py --generate 100 --out-dir runs/mine   # after training
     python dcgan_celeba.py --toy --out-dir runs/toy             # with no download
     torchrun --nproc-per-node 2 dcgan_celeba.py --out-dir runs/two_gpus
@@ -59,7 +59,7 @@ R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
 R1_WEIGHT = 0.8  # 16 x 0.05: rare, so stronger (Karras et al. 2020)
 AVERAGE_DECAY = 0.998  # at most: about 500 steps, see update_average()
 EPOCH_STEPS = 100  # at least: few images are shown several times per epoch
-TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # did it start this, one per GPU?
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # True: torchrun started this
 
 # ---- networks (the comments are output shapes for 64 x 64, without the batch's N) ----
 
@@ -85,7 +85,7 @@ class Generator(nn.Sequential):
 
 
 class Discriminator(nn.Sequential):
-    """Images N x 3 x size x size to logits N x 1; other sizes raise RuntimeError."""
+    """Images N x 3 x size x size to logits N x 1; other sizes raise ValueError."""
 
     def __init__(self, size=64):
         channels = 64
@@ -101,8 +101,9 @@ class Discriminator(nn.Sequential):
         self.size = size
 
     def forward(self, x):
-        # expand() to a size changes nothing, or fails and names both if they differ.
-        return super().forward(x.expand(-1, 3, self.size, self.size))
+        if x.size(3) != self.size:
+            raise ValueError(f"D is for images of size {self.size}, not {x.size(3)}")
+        return super().forward(x)
 
 
 # ---- training ------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def average_gradients(network):
 
     So all take the same steps, and their weights stay the same; BatchNorm sees only the
     images of its own process. DistributedDataParallel would do it inside backward(),
-    but wraps each network under a second name; D's calls, R1's too, must go through it.
+    but needs each call of D and G, R1's too, to go through a wrapper of another name.
     """
     if TORCHRUN:
         grads = [weight.grad for weight in network.parameters()]
@@ -267,7 +268,7 @@ def train(args, device, bf16, data, checkpoint):
             update_average(average, generator, step)
             show_progress(args, step, epoch_steps, start)
         if args.rank:
-            continue  # one process measures and writes
+            continue  # one process measures, by its own share, and writes
         fakes = sample(average, fixed_z)  # of the average, as are grids
         row = {"epoch": epoch}
         for name in results[0]:
