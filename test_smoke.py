@@ -1140,6 +1140,7 @@ class CelebaTest(RunTests, Folder):
         Image.new("RGB", (7, 100)).save(deep / "8 small.png")
         (deep / "2 caption.txt").write_text("no image, and not counted by --limit")
         (deep / "annotations.json").write_text("{}")
+        (deep / "a folder.png").mkdir()
         with contextlib.suppress(OSError):  # Windows wants a privilege for links
             (deep / "loop").symlink_to(mine, target_is_directory=True)
         pixels, text = self.load(mine)
