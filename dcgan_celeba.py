@@ -157,7 +157,7 @@ def r1_penalty(discriminator, real):
     """Returns R1_WEIGHT times the mean of |d logit / d image|^2 over real images.
 
     It flattens D around real images, where a steep D would send fakes to and fro
-    (Mescheder et al. 2018). Not quite, with BatchNorm in D: see dcgan_cifar10.py.
+    (Mescheder et al. 2018); see dcgan_cifar10.py. In float32: bfloat16 is too coarse.
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
     logits = discriminator(real)

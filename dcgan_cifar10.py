@@ -68,7 +68,7 @@ class Generator(nn.Sequential):
 
     def __init__(self, latent_dim=100):
         super().__init__(
-            nn.ConvTranspose2d(latent_dim + 10, 192, 4),  # 192 x 4 x 4 of 1 x 1
+            nn.ConvTranspose2d(latent_dim + 10, 192, 4),  # 192 x 4 x 4 (rule 2)
             nn.BatchNorm2d(192),  # rule 3
             nn.ReLU(),  # rule 4
             nn.ConvTranspose2d(192, 96, 4, 2, 1),  # 96 x 8 x 8 (rule 1: stride 2)
@@ -100,7 +100,7 @@ class Discriminator(nn.Sequential):
             nn.Conv2d(96, 192, 4, 2, 1),  # 192 x 4 x 4
             nn.BatchNorm2d(192),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(192, 10, 4),  # 10 x 1 x 1: logits of ten classes, or one (rule 2)
+            nn.Conv2d(192, 10, 4),  # 10 x 1 x 1: a logit per class (rule 2)
             nn.Flatten(),  # 10
         )
 
@@ -162,7 +162,7 @@ def r1_penalty(discriminator, real, y):
     It flattens D around real images, where a steep D would send fakes to and fro
     (Mescheder et al. 2018). Strictly it needs a D that judges each image by itself.
     Under rule 3, a logit depends on its whole batch, so the gradient at an image also
-    has the others' share. After 7 epochs, images are as good without the penalty;
+    has the others' share. After 7 epochs, images are no better for the penalty;
     longer runs were not compared. In float32: bfloat16 is too coarse.
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
@@ -202,7 +202,7 @@ def train(args, device, bf16, data, labels, checkpoint):
     real_images = data[torch.randperm(len(data))[:1000]] / 127.5 - 1
     fixed_z = torch.randn(1000, args.latent_dim)  # for all epochs
     # Without --conditional all labels become 0 (x False), so that they tell nothing.
-    fixed_labels = torch.arange(1000) // 8 % 10 * args.conditional  # 8 in a row
+    fixed_labels = torch.arange(1000) // 8 % 10 * args.conditional  # 8 per class
     generator = Generator(args.latent_dim)
     discriminator = Discriminator()
     # A pixel's channels side by side in memory: faster, but risky on a Mac's GPU.

@@ -4,7 +4,7 @@ The losses do not measure image quality. These numbers of each epoch's line tell
 - acc_real, acc_fake: D's accuracy on real images and on fakes. fool_rate: the share of
   fakes that fool the updated D; below 0.5 is usual.
 - coverage: the share of 1,000 test images with a fake nearby, see coverage(). As fakes,
-  training images get 0.97 (blur gets more), of five classes 0.66, ten images 0.05.
+  training images get 0.97, those of five classes 0.66, ten (one a class) 0.05.
 - copy ratio, after the last epoch: how far fakes are from training images, see
   copy_ratio(). Near 1: like new images. Well below: copies. Above: unlike any.
 
@@ -15,8 +15,8 @@ The losses do not measure image quality. These numbers of each epoch's line tell
     copies        0.21    3.27      1.00      1.00       0.00      0.52        0.51
 
 Collapsed: nine of ten steps, D rests, and G runs to the few images that fool it most.
-The losses look balanced; coverage tells. Won: with so high a learning rate D soon tells
-all apart, and G never finds out how. Copies: D knows 30 images by heart; G follows.
+The losses look balanced; coverage tells. Won: at so high a learning rate, G
+cannot keep up with D. Copies: D knows its 30 images by heart, and leads G to them.
 
     python gan_fashion.py                                          # healthy, 8 minutes
     python gan_fashion.py --g-steps 10 --epochs 2 --out-dir runs/collapsed
@@ -100,7 +100,7 @@ class Discriminator(nn.Sequential):
             nn.Flatten(),  # 3136
             nn.Linear(3136, 256),  # 256
             nn.LeakyReLU(0.2),
-            nn.Linear(256, 10),  # 10, one logit per class (or only the first is used)
+            nn.Linear(256, 10),  # 10, a logit per class; without them, the first
         )
 
     def forward(self, x, labels):
@@ -140,7 +140,7 @@ def train_step(
     # (2) Update G: minimise -log p(fake).
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
-        new_fake_logits = discriminator(fake, y)  # (1) has changed D
+        new_fake_logits = discriminator(fake, y)  # by D as (1) left it
         loss_g = bce(new_fake_logits, ones)  # low also if all fakes are the same image
     opt_g.zero_grad()
     loss_g.backward()

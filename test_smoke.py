@@ -1,7 +1,7 @@
-"""Tests of what a user sees: run them with  python -m unittest  (pytest collects them too).
+"""Tests of what a user sees. Run them with  python -m unittest  (or pytest).
 
-They run the real commands on --toy pictures or on small files written here; most call main() with
-the same flags, to spare the start of a process. Nothing is downloaded.
+They run the real commands on --toy images or on small files written here; most call
+main() with the same flags, to spare the start of a process. Nothing is downloaded.
 """
 
 import argparse
@@ -229,11 +229,11 @@ class RunTests:
         return len(load(out / "models" / "checkpoint.pth")["history"])
 
     def networks(self):
-        """Returns an untrained generator, for z of 7, and a discriminator, per variant."""
+        """Yields an untrained generator, for z of 7, and discriminator a variant."""
         yield self.module.Generator(7), self.module.Discriminator()
 
     def labels(self, count):
-        """Returns what networks take besides images: a tuple, of labels or of nothing."""
+        """Returns what networks take besides images: labels in a tuple, or ()."""
         return (torch.arange(count) % 10,)
 
     def grid(self, rows, columns):
@@ -393,7 +393,7 @@ class RunTests:
     # -- stopping and resuming
 
     def stop(self, variant, out, stop):
-        """Starts a copy of the script and stops it after an epoch; returns what it printed."""
+        """Stops a copy of the script after an epoch; returns its code and errors."""
         signal.signal(
             signal.SIGINT, signal.default_int_handler
         )  # also in the background
@@ -619,7 +619,7 @@ class RunTests:
     # -- the data set
 
     def write_idx(self, pixels, labels):
-        """Writes uint8 N x 28 x 28 in MNIST's format; returns the file of the images."""
+        """Writes uint8 N x 28 x 28 in MNIST's format; returns the images' file."""
         raw = self.folder / "data" / self.data_set.__name__ / "raw"
         raw.mkdir(parents=True, exist_ok=True)
         images = struct.pack(">IIII", 0x803, len(pixels), 28, 28) + pixels.tobytes()
@@ -635,7 +635,7 @@ class RunTests:
         return call(self.script, *flags, code=code)
 
     def cells(self, path, columns):
-        """Returns the images of a grid as the bytes of H x W x C, before they were enlarged."""
+        """Returns the images of a grid as bytes of H x W x C, at their own size."""
         grid, size = read(path), self.shape[1]
         if self.shape[0] == 1:
             grid = grid[..., :1]
@@ -900,7 +900,7 @@ class CifarTest(ClassTests, Folder):
 
     @contextlib.contextmanager
     def cifar(self, count):
-        """Writes random images in CIFAR-10's layout, with their checksums for torchvision's.
+        """Writes random images in CIFAR-10's layout, with checksums for torchvision.
 
         Yields the images, uint8 N x 32 x 32 x 3, and their labels.
         """
@@ -1315,7 +1315,7 @@ class CelebaTest(RunTests, Folder):
 
     @contextlib.contextmanager
     def server(self, content, sent):
-        """A web server on the loopback address; it sends the first bytes of content, then stops."""
+        """A web server on the loopback address that sends the first bytes of content."""
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
