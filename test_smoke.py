@@ -1315,7 +1315,7 @@ class CelebaTest(RunTests, Folder):
 
     @contextlib.contextmanager
     def server(self, content, sent):
-        """A web server on the loopback address that sends the first bytes of content."""
+        """A web server on the loopback address; sends the first bytes of content."""
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
