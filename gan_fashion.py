@@ -100,11 +100,11 @@ class Discriminator(nn.Sequential):
             nn.Flatten(),  # 3136
             nn.Linear(3136, 256),  # 256
             nn.LeakyReLU(0.2),
-            nn.Linear(256, 10),  # 10, a logit per class; without them, the first
+            nn.Linear(256, 10),  # 10: one logit per class
         )
 
     def forward(self, x, labels):
-        # Of ten logits, one per class, the label picks its own: "a real boot?"
+        # The label picks the logit of its class; without --conditional, the first.
         return super().forward(x).gather(1, labels[:, None])
 
 
@@ -196,8 +196,8 @@ def coverage(real, fake):
 def copy_ratio(fake, training, held_out, path):
     """Returns the copy ratio, and saves fakes above their nearest training images.
 
-    The ratio: the median distance from a fake to its nearest training image, over the
-    same for held-out real images. By pixels, blur lowers it, too. Saves 39 of 1,000.
+    The ratio: the median distance of fakes from their nearest training image, divided
+    by that of held-out real images. Blur lowers it, too: look at the grid (39 fakes).
     """
     nearest = distances(fake, training).min(1)
     save_grid(torch.cat([fake, training[nearest.indices]], 2)[::26], path)
@@ -252,8 +252,8 @@ def train(args, device, bf16, data, labels, held_out, checkpoint):
         for indices in order.split(args.batch_size)[:epoch_steps]:
             lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
             opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
-            opt = opt_d if step % args.g_steps == 0 else None  # else D rests: collapse!
-            r1 = step % (R1_INTERVAL * args.g_steps) == 0  # slow: rare but strong
+            opt = opt_d if step % args.g_steps == 0 else None  # D rests: collapse!
+            r1 = step % R1_INTERVAL == 0  # it is slow: rare but strong will do
             real = data[indices] / 127.5 - 1  # to [-1, 1], like the generator's images
             y = labels[indices]
             z = torch.randn(args.batch_size, args.latent_dim, device=device)

@@ -33,8 +33,8 @@ from pathlib import Path
 from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # small networks: more threads would only wait
-NOWHERE = "http://127.0.0.1:9"  # instead of the internet
-os.environ.update(http_proxy=NOWHERE, https_proxy=NOWHERE, no_proxy="127.0.0.1")
+os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"  # nowhere
+os.environ["no_proxy"] = "127.0.0.1"
 
 import numpy as np
 import torch
@@ -370,14 +370,16 @@ class RunTests:
                 torch.randn(32, 7),
                 self.labels(32),
             )
-            result = names["train_step"](*networks, *opts, real, *y, z, True)
+            r1 = [True] * ("r1_penalty" in names)
+            result = names["train_step"](*networks, *opts, real, *y, z, *r1)
             fake, one = old_generator(z, *y), torch.ones(32, 1)
             loss_d = bce(old_discriminator(real, *y), one)
             loss_d = loss_d + bce(old_discriminator(fake.detach(), *y), 1 - one)
             half, (*labels,) = real[::2].requires_grad_(), (x[::2] for x in y)
             sum_of_logits = old_discriminator(half, *labels).sum()
             (grad,) = torch.autograd.grad(sum_of_logits, half, create_graph=True)
-            (loss_d + 0.1 * grad.square().sum(dim=(1, 2, 3)).mean()).backward()
+            weight = 0.1 * len(r1)
+            (loss_d + weight * grad.square().sum(dim=(1, 2, 3)).mean()).backward()
             logits = discriminator(fake, *y)
             loss_g = bce(logits, one)
             loss_g.backward(inputs=list(old_generator.parameters()))
