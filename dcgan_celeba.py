@@ -634,7 +634,7 @@ def parse_args(**settings):
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")
     flag("--sample-every", type=positive, default=1, help="epochs a grid (%(default)s)")
-    flag("--data-dir", default="data", help="where images are or goes (%(default)s)")
+    flag("--data-dir", default="data", help="where images are or go (%(default)s)")
     flag("--out-dir", default=f"runs/{Path(__file__).stem}", help="files (%(default)s)")
     flag("--limit", type=positive, help="use only so many images (all)")
     flag("--toy", action="store_true", help="learn synthetic faces, with no download")

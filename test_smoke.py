@@ -171,8 +171,9 @@ class RunTests:
         shutil.copy(HERE / "common.py", cls.runs)
         text = (HERE / cls.script).read_text(encoding="utf-8")
         text = text.replace("EPOCH_STEPS = 100", "EPOCH_STEPS = 1")  # 100 take too long
-        stop = f"print_epoch(args, row)\n        os.kill(os.getpid(), {cls.stop_signal:d})\n"
-        text = text.replace("print_epoch(args, row)\n", stop)
+        line = "print_epoch(args, row)\n"
+        stop = f"        os.kill(os.getpid(), {cls.stop_signal:d})\n"
+        text = text.replace(line, line + stop)
         (cls.runs / "my_gan.py").write_text(text, encoding="utf-8")
         flags = f"my_gan.py {cls.flags} {cls.variants[last]} --out-dir Bilder_\u00e4"
         a_cluster = {"RANK": "3", "WORLD_SIZE": "4"}  # left over, and not torchrun's
@@ -413,6 +414,16 @@ class RunTests:
             torch.testing.assert_close(one, images[:1])
             assert generator.training
             assert discriminator(images, *labels).shape == (50, 1)
+
+    def test_every_epoch_has_an_order_of_its_own(self):
+        seen = self.batches(self.train, "--epochs 2 --limit 128")
+        assert not torch.cat(seen[:4]).equal(torch.cat(seen[4:]))
+
+    def test_grids_are_of_the_average(self):
+        with mock.patch.object(self.module, "update_average"):  # stays untrained
+            self.train()
+        grids = [read(self.out / "images" / f"epoch_00{i}.png") for i in (0, 1)]
+        np.testing.assert_array_equal(*grids)
 
     # -- resuming, and when something is wrong
 
