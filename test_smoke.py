@@ -152,13 +152,13 @@ class RunTests:
     """
 
     flags = (
-        "--toy --limit 200 --batch-size 32 --latent-dim 7 --epochs 3 --sample-every 2"
+        "--toy --limit 200 --batch-size 32 --latent-dim 7 --epochs 2 --sample-every 3"
     )
     variants = {"plain": "", "classes": "--conditional"}
     kept = "--conditional", "--latent-dim 8", "--beta1 0.4", "--toy"
     bad_flags = ()
     stop_signal = signal.SIGTERM if os.name == "nt" else signal.SIGINT
-    images = "real.png", "epoch_000.png", "epoch_002.png", "epoch_003.png"
+    images = "real.png", "epoch_000.png", "epoch_002.png"
 
     @classmethod
     def setUpClass(cls):
@@ -275,10 +275,10 @@ class RunTests:
             others = {"progress.gif", "losses.png", "history.csv"}
             assert files == models | others | {f"images/{x}" for x in self.images}
             rows, columns = self.grids[name]
-            last = out / "images" / "epoch_003.png"
+            last = out / "images" / "epoch_002.png"
             assert len(self.cells(last, columns)) == rows * columns
             with Image.open(out / "progress.gif") as picture:
-                picture.seek(2)  # its third and last frame
+                picture.seek(1)  # its second and last frame
                 error = np.asarray(picture.convert("RGB")).astype(int) - read(last)
             assert abs(error).mean() < 8
             with open(out / "history.csv", newline="") as file:
@@ -286,7 +286,7 @@ class RunTests:
             lines = [line for line in text.splitlines() if line.startswith("epoch")]
             assert "200 images" in text and "6 updates" in text
             for i, (line, row) in enumerate(zip(lines, rows, strict=True), 1):
-                words = [f"epoch {i}/3  ", "LOW COVERAGE"]  # it has learned very little
+                words = [f"epoch {i}/2  ", "LOW COVERAGE"]  # it has learned very little
                 for key in "loss_d loss_g acc_real acc_fake fool_rate coverage".split():
                     digits = 3 if key.startswith("loss") else 2
                     words.append(f"  {key} {float(row[key]):.{digits}f}  ")
@@ -302,7 +302,7 @@ class RunTests:
             assert (self.stopped / "progress.gif").exists()
         self.quick.stop()
         self.out = self.stopped
-        assert re.search("[12] epochs are done(.*\n)*epoch 3/3 ", self.resume())
+        assert re.search("1 epochs are done(.*\n)*epoch 2/2 ", self.resume())
         whole = self.runs / list(self.variants)[-1]
         for name in ("generator.pth", "discriminator.pth"):
             old, new = load(whole / "models" / name), load(self.out / "models" / name)
@@ -416,8 +416,8 @@ class RunTests:
             assert discriminator(images, *labels).shape == (50, 1)
 
     def test_every_epoch_has_an_order_of_its_own(self):
-        seen = self.batches(self.train, "--epochs 2 --limit 128")
-        assert not torch.cat(seen[:4]).equal(torch.cat(seen[4:]))
+        seen = self.batches(self.train, "--epochs 2 --limit 64")
+        assert not torch.cat(seen[:2]).equal(torch.cat(seen[2:]))
 
     def test_grids_are_of_the_average(self):
         with mock.patch.object(self.module, "update_average"):  # stays untrained
@@ -429,13 +429,13 @@ class RunTests:
 
     def test_resume_takes_flags_from_the_run_unless_they_are_given_anew(self):
         path = self.copy_run()
-        text = self.resume("--epochs 4 --lr 1e-4")
-        assert "3 epochs are done; --epochs is 4" in text and "epoch 4/4" in text, text
+        text = self.resume("--epochs 3 --lr 1e-4")
+        assert "2 epochs are done; --epochs is 3" in text and "epoch 3/3" in text, text
         checkpoint = load(path)
         settings = checkpoint["settings"]
         assert (settings["lr"], settings["batch_size"]) == (1e-4, 32)
         assert settings["bf16"] is None  # as the next machine has it
-        assert "4 epochs are done; --epochs is 2" in self.resume("--epochs 2")
+        assert "3 epochs are done; --epochs is 2" in self.resume("--epochs 2")
         settings["toy"] = False
         torch.save(checkpoint, path)
         for flag in self.kept:
@@ -466,7 +466,7 @@ class RunTests:
     def test_bfloat16_is_used_if_it_is_asked_for(self):
         for flag, name in ("--bf16", "bfloat16"), ("--no-bf16", "float32"):
             self.out = self.folder / name
-            assert name in self.train(flag) and name in self.resume()
+            assert name in self.train(flag)
 
     def test_errors_are_explained_and_bugs_are_not_hidden(self):
         text = self.train("--latent-dim 10000000000000", code=1)  # too much anywhere
@@ -487,7 +487,7 @@ class RunTests:
         path = self.copy_run()
         before = path.read_bytes()
         path.with_suffix(".pth.tmp").mkdir()  # stands in for a full disk
-        assert "--resume" in self.resume("--epochs 4", code=1)
+        assert "--resume" in self.resume("--epochs 3", code=1)
         assert path.read_bytes() == before
 
     def test_flags_that_do_not_fit_are_refused(self):
@@ -570,8 +570,13 @@ class ClassTests(RunTests):
 
     letters = "ABCDEFGHIJ"
 
+    def test_each_class_has_a_logit_of_its_own(self):
+        for _, discriminator in self.networks():
+            images = torch.rand(1, *self.shape).expand(10, -1, -1, -1)
+            assert len(discriminator.eval()(images, torch.arange(10)).unique()) == 10
+
     def test_labels_matter_only_with_conditional(self):
-        pixels, labels = random_pixels(64, 32, 32, 3), np.arange(64) % 10
+        pixels, labels = random_pixels(32, 32, 32, 3), np.arange(32) % 10
         pixels, weights = pixels[:, -self.shape[1] :, -self.shape[1] :], []
         for flag in ("", "--conditional"):
             for y in (labels, labels[::-1].copy()):
@@ -883,7 +888,7 @@ class CelebaTest(RunTests, Folder):
             def log_message(self, *args):
                 pass
 
-        def unpack(archive, folder):  # until the disk is full
+        def unpack(archive, folder, *_):  # until the disk is full
             self.save(1, Path(folder))
             raise OSError(28, "No space left on device")
 
