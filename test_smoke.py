@@ -889,7 +889,7 @@ class CelebaTest(RunTests, Folder):
                 pass
 
         def unpack(archive, folder, *_):  # until the disk is full
-            self.save(1, Path(folder))
+            self.save(1, Path(folder, "img_align_celeba"))
             raise OSError(28, "No space left on device")
 
         patch = functools.partial(mock.patch.object, dcgan_celeba)
