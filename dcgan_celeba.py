@@ -441,7 +441,7 @@ def decode(file, size):
         try:
             ImageOps.exif_transpose(image, in_place=True)
         except Exception:
-            pass  # where EXIF is damaged, as viewers do
+            pass  # damaged EXIF: viewers show the image all the same, unturned
         if "I" in image.mode:  # 16 bits of grey
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         image = ImageOps.fit(image.convert("RGBA"), (size, size))

@@ -1,10 +1,9 @@
 """A GAN that draws clothes, and how to watch one (read gan_mnist.py first).
 
 New here: labels, which tell G and D an image's class (all are 0 without --conditional);
---g-steps; coverage of test images; the copy ratio; Adam's beta2; no dropout.
-The losses do not measure image quality. These numbers tell more:
-- acc_real, acc_fake: D's accuracy on real images and on fakes.
-- fool_rate: the share of fakes that fool the updated D.
+--g-steps; copy ratio; beta2; no dropout. These numbers tell more than the losses:
+- acc_real, acc_fake: D's accuracy on real images, on fakes. fool_rate: share of fakes
+  that fool the updated D.
 - coverage: the share of 1,000 test images with a fake nearby, see coverage(). With
   training images in place of fakes it is 0.97, with those of five classes 0.66.
 - copy ratio, printed at the end: how far fakes are from training images, see
@@ -16,14 +15,15 @@ The losses do not measure image quality. These numbers tell more:
     D has won     0.51    3.32      0.91      0.92       0.03      0.01        2.20
     copies        0.19    3.50      0.97      1.00       0.00      0.46        0.56
 
+Collapsed: D rests in nine of ten steps. Losses look balanced, but coverage tells. D has
+won: with so high a learning rate G cannot keep up. Copies: D knows its 30 images.
+
     python gan_fashion.py                                          # healthy, 8 minutes
     python gan_fashion.py --g-steps 10 --epochs 2 --out-dir runs/collapsed
     python gan_fashion.py --lr 0.1 --limit 12800 --epochs 4 --out-dir runs/won
     python gan_fashion.py --limit 30 --batch-size 10 --epochs 1500 --out-dir runs/copies
     python gan_fashion.py --conditional --out-dir runs/classes     # one row per class
     python gan_fashion.py --toy --out-dir runs/toy                 # with no download
-
-Collapsed: D rests in nine of ten steps. D has won: the rate is too high for G.
 
 Elsewhere, with the packages below, this file, common.py and models/generator.pth:
 

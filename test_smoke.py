@@ -119,13 +119,13 @@ class CommonTest(Folder):
 
     def test_a_grid_refuses_what_it_cannot_draw(self):
         for columns, *shape in (
-            (8, 4, 8, 8),
+            (8, 4, 3, 8),
             (8, 0, 1, 8, 8),
             (8, 4, 2, 8, 8),
             (0, 1, 1, 8, 8),
         ):
             with self.assertRaises(ValueError):
-                save_grid(torch.zeros(shape), self.out, columns)
+                save_grid(torch.zeros(shape), self.folder / "x.png", columns)
 
     def test_weights_are_initialised_as_the_dcgan_paper_says(self):
         torch.manual_seed(0)
@@ -186,7 +186,6 @@ class RunTests:
             stderr=subprocess.STDOUT,
             text=True,
         )
-
         cls.printed = {}
         for name, flags in cls.variants.items():
             flags = cls.flags, flags, "--out-dir", cls.runs / name
@@ -211,7 +210,7 @@ class RunTests:
 
     def copy_run(self):
         """Copies the default run to self.out; returns the path of its checkpoint."""
-        shutil.copytree(self.runs / self.default, self.out, dirs_exist_ok=True)
+        shutil.copytree(self.runs / self.default, self.out)
         return self.out / "models" / "checkpoint.pth"
 
     def train(self, *flags, code=0):
@@ -363,16 +362,14 @@ class RunTests:
                 torch.randn(32, 7),
                 self.labels(32),
             )
-            r1 = [True] * ("r1_penalty" in names)
-            result = names["train_step"](*networks, *opts, real, *y, z, *r1)
+            result = names["train_step"](*networks, *opts, real, *y, z, True)
             fake, one = old_generator(z, *y), torch.ones(32, 1)
             loss_d = bce(old_discriminator(real, *y), one)
             loss_d = loss_d + bce(old_discriminator(fake.detach(), *y), 1 - one)
             half, (*labels,) = real[::2].requires_grad_(), (x[::2] for x in y)
             sum_of_logits = old_discriminator(half, *labels).sum()
             (grad,) = torch.autograd.grad(sum_of_logits, half, create_graph=True)
-            weight = 0.1 * len(r1)
-            (loss_d + weight * grad.square().sum(dim=(1, 2, 3)).mean()).backward()
+            (loss_d + 0.1 * grad.square().sum(dim=(1, 2, 3)).mean()).backward()
             logits = discriminator(fake, *y)
             loss_g = bce(logits, one)
             loss_g.backward(inputs=list(old_generator.parameters()))
@@ -466,7 +463,7 @@ class RunTests:
     def test_bfloat16_is_used_if_it_is_asked_for(self):
         for flag, name in ("--bf16", "bfloat16"), ("--no-bf16", "float32"):
             self.out = self.folder / name
-            assert name in self.train(flag)
+            assert f" in {name}" in self.train(flag)
 
     def test_errors_are_explained_and_bugs_are_not_hidden(self):
         text = self.train("--latent-dim 10000000000000", code=1)  # too much anywhere
@@ -587,7 +584,7 @@ class ClassTests(RunTests):
 
     def test_each_row_of_real_images_is_a_class(self):
         pixels = random_pixels(70, *self.shape[1:], self.shape[0])
-        labels = random_pixels(70) % 9 + 0  # no image of the last class
+        labels = random_pixels(70) % 9  # no image of the last class
         self.train_on(pixels, labels.astype(int), "--limit 64 --conditional")
         pixels, labels = pixels[:64], labels[:64]
         columns = min(self.grids["classes"][1], np.bincount(labels).max())
@@ -629,7 +626,7 @@ class FashionTest(ClassTests, Folder):
         copies, path = training.flip(0) + 0.01 * new, self.folder / "nearest.png"
         for fake, expected in (new, 1), (copies, 0):
             ratio = gan_fashion.copy_ratio(fake, training, held_out, path)
-            assert abs(ratio - expected) < 0.1
+            assert abs(ratio - expected) < 0.05
         grid = read(path)[2::3, 2::3, 0] / 127.5 - 1  # each fake above its nearest
         np.testing.assert_allclose(grid[:28, :28], copies[0, 0], atol=0.01)
         np.testing.assert_allclose(grid[28:56, :28], training[52, 0], atol=0.01)
@@ -734,7 +731,7 @@ class CelebaTest(RunTests, Folder):
             1, 1, 1, 4, 4
         )
         args = argparse.Namespace(out_dir=self.out)
-        for fake, low, high in (new, 0.9, 1.1), (data.flip(0), 0, 0.1):
+        for fake, low, high in (new, 0.95, 1.05), (data.flip(0), 0, 0.05):
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 fake, real = fake[:50] / 127.5 - 1, data[:50] / 127.5 - 1
                 dcgan_celeba.check_copies(args, fake, real, data)
