@@ -1,12 +1,11 @@
 """A DCGAN for faces, or for your own images of any size. Read dcgan_cifar10.py first.
 
-As dcgan_cifar10.py, with wider networks and no labels. New is what your own data needs:
-
-- Image size: 64 x 64, or another power of two. Each doubling adds a block to G and D.
-- Decoding: each file is decoded once, and batches are read from one file of bytes.
-- Few images: an epoch has at least 100 updates, in as many passes as that takes. With
-  400 photographs, at 64 x 64, faces can be seen after 5 epochs, 80 s on a CPU.
-- Several GPUs: torchrun starts a process per GPU, and their gradients are averaged.
+The same rules in wider networks, without labels. What your own data adds:
+- Size: the middle of each image is cut out and resized to --image-size: 64, or 32, 128,
+  256, 512. Each doubling adds a block to G and to D, and takes five times as long.
+- Decoding: files are decoded once, to data/decoded_..., where batches are read from.
+- Few images: below 6,400, a batch has 16 instead of 64, and an epoch has at least 100
+  updates. From 400 photographs come faces after 5 epochs, 80 s on a CPU.
 - Copying: G may learn a few images by heart. The copy ratio, see check_copies(), tells.
 
 Healthy, after 18 epochs of 23,707 photographs, not CelebA's: loss_d 0.73, loss_g 1.29,
@@ -15,9 +14,10 @@ acc_real 0.97, acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08.
     python dcgan_celeba.py --epochs 50                          # CelebA, 1.4 GB
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own images
     python dcgan_celeba.py --images FOLDER --out-dir runs/large --image-size 128
+    python dcgan_celeba.py --resume --out-dir runs/mine         # after it stopped
     python dcgan_celeba.py --generate 100 --out-dir runs/mine   # after training
     python dcgan_celeba.py --toy --out-dir runs/toy             # with no download
-    torchrun --nproc-per-node 2 dcgan_celeba.py --out-dir runs/two_gpus
+    torchrun --nproc-per-node 2 dcgan_celeba.py --out-dir runs/two   # a process per GPU
 
 Elsewhere, with the packages below, this file, common.py and models/generator.pth:
 
@@ -56,7 +56,7 @@ from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 from common import init_weights, save_grid  # DCGAN's initial weights; a grid of images
 
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
-R1_WEIGHT = 0.8  # 16 x 0.05: rare, so stronger (Karras et al. 2020)
+R1_WEIGHT = 0.2  # 16 x 0.0125: rare, so stronger (Karras et al. 2020)
 AVERAGE_DECAY = 0.998  # at most: about 500 steps, see update_average()
 EPOCH_STEPS = 100  # at least: few images are shown several times per epoch
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # True: torchrun started this
@@ -68,7 +68,7 @@ class Generator(nn.Sequential):
     """Latent vectors N x latent_dim to images N x 3 x size x size in [-1, 1]."""
 
     def __init__(self, latent_dim=100, size=64):
-        channels = 8 * size  # size is a power of two; 64 channels remain at size / 2
+        channels = 8 * size  # 512 at size 64; 1024 at 128. Each block halves them:
         layers = [nn.ConvTranspose2d(latent_dim, channels, 4)]  # 512 x 4 x 4
         while channels > 3:  # 256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32, 3 x 64 x 64
             fewer = channels // 2 if channels > 64 else 3
@@ -101,8 +101,8 @@ class Discriminator(nn.Sequential):
         self.size = size
 
     def forward(self, x):
-        if x.size(3) != self.size:
-            raise ValueError(f"D is for images of size {self.size}, not {x.size(3)}")
+        if x.shape[2:] != (self.size, self.size):
+            raise ValueError(f"D is for images of size {self.size}, not {x.shape[2:]}")
         return super().forward(x)
 
 
@@ -169,9 +169,8 @@ def r1_penalty(discriminator, real):
 def average_gradients(network):
     """Gives each process the mean of all processes' gradients, in one message.
 
-    So all take the same steps, and their weights stay the same; BatchNorm sees only the
-    images of its own process. DistributedDataParallel would do it inside backward(),
-    but needs each call of D and G, R1's too, to go through a wrapper of another name.
+    Their weights, the same at first, so stay the same. DistributedDataParallel would do
+    it inside backward(), but needs a wrapper of another name around D and around G.
     """
     if TORCHRUN:
         grads = [weight.grad for weight in network.parameters()]
@@ -203,16 +202,17 @@ def coverage(real, fake):
     return (nearest < radius).float().mean().item()
 
 
+def thumbnails(images):
+    """Returns images N x C x H x W as N rows of 8 x 8 pixels, for fast comparisons."""
+    return nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
+
+
 def train(args, device, bf16, data, checkpoint):
     """Trains on data, uint8 N x 3 x size x size, a tensor or what is indexed like one.
 
-    Writes all results to args.out_dir. checkpoint: dict of a run to resume, or {}.
-    Raises FloatingPointError and OSError.
+    checkpoint: dict of a run to resume, or {}. Raises FloatingPointError and OSError.
     """
-    torch.manual_seed(args.seed)
-    count = 64_000 // args.image_size  # 1,000: fewer if large, for the memory
-    real_images = data[torch.randperm(len(data))[:count]] / 127.5 - 1
-    fixed_z = torch.randn(max(64, len(real_images)), args.latent_dim)  # for all epochs
+    torch.manual_seed(args.seed)  # the same weights in all processes
     generator = Generator(args.latent_dim, args.image_size)
     discriminator = Discriminator(args.image_size)
     # A pixel's channels side by side in memory: faster, but risky on a Mac's GPU.
@@ -220,9 +220,9 @@ def train(args, device, bf16, data, checkpoint):
     for network in (generator, discriminator):
         network.apply(init_weights).to(device, memory_format=layout)
     average = copy.deepcopy(generator)
-    # beta1 is 0.5, not 0.9: old gradients mislead, as the opponent has moved since.
-    opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
-    opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
+    # Betas 0.5 and 0.99, not 0.9 and 0.999: old gradients mislead in a moving game.
+    opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.99), fused=True)
+    opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.99), fused=True)
     modules = {
         "generator": generator,
         "discriminator": discriminator,
@@ -234,13 +234,17 @@ def train(args, device, bf16, data, checkpoint):
     if checkpoint:
         for name in modules:
             modules[name].load_state_dict(checkpoint[name])
+    count = 64_000 // args.image_size  # 1,000 at 64 x 64; fewer if larger, for memory
+    real_images = data[torch.randperm(len(data))[:count]] / 127.5 - 1
+    fixed_z = torch.randn(count, args.latent_dim)  # for all epochs
     if not history and not args.rank:
         save_checkpoint(args, modules, history)
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
         save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
-
     images_per_step = args.batch_size * args.processes
-    passes = math.ceil(EPOCH_STEPS * images_per_step / len(data))  # of all images
+    passes = math.ceil(
+        EPOCH_STEPS * images_per_step / len(data)
+    )  # 400 images, 16 a step: 4
     epoch_steps = passes * len(data) // images_per_step  # without the last, shorter one
     print(f"An epoch is {epoch_steps} updates: each image {passes} times.")
     step = len(history) * epoch_steps
@@ -253,22 +257,20 @@ def train(args, device, bf16, data, checkpoint):
             lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
             opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
             r1 = step % R1_INTERVAL == 0  # it is slow: rare but strong will do
-            # All processes draw the same random numbers, and each takes its share.
-            real = data[indices[args.rank :: args.processes]]
-            real = real.to(device, memory_format=layout) / 127.5 - 1  # to [-1, 1]
-            if step % 2 and not args.no_flip:
+            # All processes draw the same random numbers; each takes its share of them.
+            real = data[indices[args.rank :: args.processes]].to(device) / 127.5 - 1
+            if not args.no_flip and torch.rand(1) < 0.5:
                 real = real.flip(3)  # mirrored: more data
             z = torch.randn(args.processes, args.batch_size, args.latent_dim)[args.rank]
-            results.append(
-                train_step(
-                    generator, discriminator, opt_g, opt_d, real, z.to(device), r1, bf16
-                )
+            result = train_step(
+                generator, discriminator, opt_g, opt_d, real, z.to(device), r1, bf16
             )
+            results.append(result)
             step += 1
             update_average(average, generator, step)
             show_progress(args, step, epoch_steps, start)
         if args.rank:
-            continue  # one process measures, by its own share, and writes
+            continue  # rank 0, the only one without torchrun, measures and writes
         fakes = sample(average, fixed_z)  # of the average, as are grids
         row = {"epoch": epoch}
         for name in results[0]:
@@ -282,7 +284,6 @@ def train(args, device, bf16, data, checkpoint):
         save_reports(args, history, fakes[:64])  # images/, losses.png, history.csv
         save_checkpoint(args, modules, history)  # models/; generator.pth is the average
         print_epoch(args, row)
-
     if not args.rank:
         check_copies(args, sample(average, fixed_z[:200]), real_images[:200], data)
 
@@ -314,8 +315,7 @@ def generate(args, device, checkpoint):
         raise FileExistsError(f"{folder} exists: rename or delete it first")
     os.makedirs(folder)
     torch.manual_seed(args.seed + 1)  # not the z of training's grids
-    z = torch.randn(64, args.latent_dim)
-    save_grid(sample(generator, z), f"{folder}_grid.png")
+    save_grid(sample(generator, torch.randn(64, args.latent_dim)), f"{folder}_grid.png")
     # Each row leads from z1 to z2 on a quarter circle. As cos^2 + sin^2 = 1, its z are
     # normal as in training; halfway on a straight line the variance would be 1/2.
     z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
@@ -385,8 +385,8 @@ def find_images(folder):
     ]
     if not files:
         sys.exit(
-            f"There are no images in {folder} that Pillow can read (HEIC: convert them "
-            "first). Name another folder by --images."
+            f"{folder} is missing, or has no images that Pillow can read (convert HEIC "
+            "files first). Name another folder by --images."
         )
     return files
 
@@ -546,11 +546,6 @@ def plot_history(history, path):
     figure.savefig(path)
 
 
-def thumbnails(images):
-    """Returns images N x C x H x W as N rows of 8 x 8 pixels, for fast comparisons."""
-    return nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
-
-
 def check_copies(args, fake, real, data):
     """Prints the copy ratio, and saves fakes above their nearest training images.
 
@@ -561,7 +556,7 @@ def check_copies(args, fake, real, data):
     small = torch.cat(  # all at once and in full size would not fit into the memory
         [
             thumbnails(data[part] / 127.5 - 1)
-            for part in torch.arange(len(data)).split(1000)
+            for part in torch.arange(len(data)).split(100)
         ]
     )
     nearest = torch.cdist(thumbnails(fake), small).min(1)
@@ -619,7 +614,8 @@ def parse_args(**settings):
     """Returns the flags; settings, of a checkpoint, take the place of the defaults."""
     parser = argparse.ArgumentParser()
     flag = parser.add_argument
-    flag("--images", type=os.path.realpath, help="folder of your own images (CelebA)")
+    source = parser.add_mutually_exclusive_group().add_argument
+    source("--images", type=os.path.realpath, help="folder of your own images (CelebA)")
     flag(
         "--image-size",
         type=int,
@@ -630,14 +626,14 @@ def parse_args(**settings):
     flag("--no-flip", action="store_true", help="mirror no image (text, logos)")
     flag("--epochs", type=positive, help="each at least 100 updates (50; toy 5)")
     flag("--batch-size", type=positive, help="images a step (64; few images 16)")
-    flag("--lr", type=float, help="first learning rate (4e-4; toy 1e-3)")
+    flag("--lr", type=float, default=8e-4, help="first learning rate (%(default)s)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")
     flag("--sample-every", type=positive, default=1, help="epochs a grid (%(default)s)")
     flag("--data-dir", default="data", help="where images are or go (%(default)s)")
     flag("--out-dir", default=f"runs/{Path(__file__).stem}", help="files (%(default)s)")
     flag("--limit", type=positive, help="use only so many images (all)")
-    flag("--toy", action="store_true", help="learn synthetic faces, with no download")
+    source("--toy", action="store_true", help="learn synthetic faces, with no download")
     flag("--seed", type=int, default=0, help="random seed (%(default)s)")
     flag("--device", help="cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
     flag("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (if native)")
@@ -646,13 +642,11 @@ def parse_args(**settings):
     parser.set_defaults(**settings)
     args = parser.parse_args()
     args.epochs = args.epochs or (5 if args.toy else 50)
-    if args.lr is None:
-        args.lr = 1e-3 if args.toy else 4e-4
     if not args.lr > 0 or not 0 <= args.beta1 < 1:
         parser.error(
             f"--lr {args.lr} is not above 0 or --beta1 {args.beta1} not in [0, 1)"
         )
-    args.rank = int(os.environ["RANK"]) if TORCHRUN else 0
+    args.rank = int(os.environ["RANK"]) if TORCHRUN else 0  # of this process
     args.processes = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
     return args
 
@@ -690,7 +684,7 @@ def explain(error, args):
     """Returns what to tell the user of an error that is no bug; raises a bug again."""
     reason = str(error) or "Stopped"
     if "to allocate" in reason:
-        reason = f"Out of memory: add --batch-size {(args.batch_size or 16) // 2}"
+        reason = "Out of memory: use a smaller --batch-size or --image-size"
     elif "state_dict" in reason:
         reason = "The networks in this script do not fit the checkpoint (edited?)"
     elif not isinstance(error, (KeyboardInterrupt, OSError, FloatingPointError)):
@@ -724,9 +718,9 @@ def main():
             generate(args, device, checkpoint)
         else:
             os.makedirs(f"{args.out_dir}/models", exist_ok=True)
-            if not args.rank:
+            if not args.rank:  # it decodes, and the others then find its file
                 data = load_data(args)
-            if TORCHRUN:  # here the others wait until all is decoded
+            if TORCHRUN:  # here they wait for it
                 distributed.init_process_group(timeout=timedelta(days=1))
                 distributed.barrier()
             if args.rank:
