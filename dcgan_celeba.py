@@ -1,12 +1,12 @@
 """A DCGAN for faces, or for your own images of any size. Read dcgan_cifar10.py first.
 
 The same rules in wider networks, without labels. What your own data adds:
-- Size: the middle of each image is cut out and resized to --image-size: 64, or 32, 128,
-  256, 512. Each doubling adds a block to G and to D, and takes five times as long.
-- Decoding: files are decoded once, to data/decoded_..., where batches are read from.
-- Few images: below 6,400, a batch has 16 instead of 64, and an epoch has at least 100
-  updates. From 400 photographs come faces after 5 epochs, 80 s on a CPU.
-- Copying: G may learn a few images by heart. The copy ratio, see check_copies(), tells.
+- Size (Generator, Discriminator): the middle of each image is resized to --image-size,
+  64 or 32, 128, 256, 512. Each doubling adds a block and takes five times as long.
+- Few images (train): with fewer than 6,400, a batch has 16 instead of 64 of them, and
+  an epoch has at least 100 updates. 400 photographs become faces in 5 epochs, 80 s.
+- Copying (check_copies): G may learn few images by heart. The copy ratio tells.
+- Several GPUs (average_gradients), decoding each file only once (load_data).
 
 Healthy, after 18 epochs of 23,707 photographs, not CelebA's: loss_d 0.73, loss_g 1.29,
 acc_real 0.97, acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08.
@@ -22,7 +22,7 @@ acc_real 0.97, acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08.
 Elsewhere, with the packages below, this file, common.py and models/generator.pth:
 
     import dcgan_celeba, torch
-    generator = dcgan_celeba.Generator(latent_dim=100, size=64)
+    generator = dcgan_celeba.Generator(latent_dim=100, size=64)  # --image-size
     generator.load_state_dict(torch.load("generator.pth", "cpu", weights_only=True))
     images = dcgan_celeba.sample(generator, torch.randn(64, 100))  # in [-1, 1]
 """
@@ -85,7 +85,7 @@ class Generator(nn.Sequential):
 
 
 class Discriminator(nn.Sequential):
-    """Images N x 3 x size x size to logits N x 1; other sizes raise ValueError."""
+    """Images N x 3 x size x size to logits N x 1; another width raises ValueError."""
 
     def __init__(self, size=64):
         channels = 64
@@ -101,8 +101,8 @@ class Discriminator(nn.Sequential):
         self.size = size
 
     def forward(self, x):
-        if x.shape[2:] != (self.size, self.size):
-            raise ValueError(f"D is for images of size {self.size}, not {x.shape[2:]}")
+        if x.size(3) != self.size:
+            raise ValueError(f"D is for images of size {self.size}, not {x.size(3)}")
         return super().forward(x)
 
 
@@ -242,6 +242,7 @@ def train(args, device, bf16, data, checkpoint):
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
         save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
     images_per_step = args.batch_size * args.processes
+    mine = slice(args.rank, None, args.processes)  # what this process takes of a step
     passes = math.ceil(
         EPOCH_STEPS * images_per_step / len(data)
     )  # 400 images, 16 a step: 4
@@ -257,20 +258,19 @@ def train(args, device, bf16, data, checkpoint):
             lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
             opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
             r1 = step % R1_INTERVAL == 0  # it is slow: rare but strong will do
-            # All processes draw the same random numbers; each takes its share of them.
-            real = data[indices[args.rank :: args.processes]].to(device) / 127.5 - 1
+            real = data[indices[mine]].to(device) / 127.5 - 1  # to [-1, 1]
             if not args.no_flip and torch.rand(1) < 0.5:
                 real = real.flip(3)  # mirrored: more data
-            z = torch.randn(args.processes, args.batch_size, args.latent_dim)[args.rank]
+            z = torch.randn(images_per_step, args.latent_dim)[mine].to(device)
             result = train_step(
-                generator, discriminator, opt_g, opt_d, real, z.to(device), r1, bf16
+                generator, discriminator, opt_g, opt_d, real, z, r1, bf16
             )
             results.append(result)
             step += 1
             update_average(average, generator, step)
             show_progress(args, step, epoch_steps, start)
         if args.rank:
-            continue  # rank 0, the only one without torchrun, measures and writes
+            continue  # only rank 0 measures and writes (without torchrun: this process)
         fakes = sample(average, fixed_z)  # of the average, as are grids
         row = {"epoch": epoch}
         for name in results[0]:
@@ -551,7 +551,7 @@ def check_copies(args, fake, real, data):
 
     The ratio: the median distance from a fake to its nearest training image, over the
     same from real ones to the nearest other. Near 1: new images. Towards 0: copies.
-    They are compared as thumbnails; half of the copies, mirrored, may count as new.
+    They are compared as thumbnails, as they are and mirrored.
     """
     small = torch.cat(  # all at once and in full size would not fit into the memory
         [
@@ -559,8 +559,15 @@ def check_copies(args, fake, real, data):
             for part in torch.arange(len(data)).split(100)
         ]
     )
-    nearest = torch.cdist(thumbnails(fake), small).min(1)
-    other = torch.cdist(thumbnails(real), small).kthvalue(2).values  # 1st: itself
+    distances = [
+        torch.minimum(
+            torch.cdist(thumbnails(images), small),
+            torch.cdist(thumbnails(images.flip(3)), small),
+        )
+        for images in (fake, real)
+    ]
+    nearest = distances[0].min(1)
+    other = distances[1].kthvalue(2).values  # 1st: itself
     pairs = torch.cat([fake, data[nearest.indices] / 127.5 - 1], 2)
     save_grid(pairs[:40], f"{args.out_dir}/images/nearest.png")
     print(f"copy ratio {nearest.values.median() / other.median():.2f}: nearest.png")
@@ -689,11 +696,10 @@ def explain(error, args):
         reason = "The networks in this script do not fit the checkpoint (edited?)"
     elif not isinstance(error, (KeyboardInterrupt, OSError, FloatingPointError)):
         raise error
-    if getattr(error, "errno", None) in (13, 30):  # no permission, read-only
+    if getattr(error, "errno", None) == 30:  # a read-only disk
         reason += ". Name folders that can be written to: --data-dir and --out-dir"
     if Path(f"{args.out_dir}/models/checkpoint.pth").exists() and not args.generate:
-        several = f"torchrun --nproc-per-node {args.processes}"
-        start = several if args.processes > 1 else "python"
+        start = f"torchrun --nproc-per-node {args.processes}" if TORCHRUN else "python"
         reason += f'. Resume: {start} {sys.argv[0]} --resume --out-dir "{args.out_dir}"'
     return f"\n{reason}"
 
@@ -730,8 +736,8 @@ def main():
             if not args.batch_size:
                 args.batch_size = 16 if len(data) < 64 * EPOCH_STEPS else 64
             print(
-                f"{len(data):,} images, on {args.processes} x {device} in "
-                f"{'bfloat16' if bf16 else 'float32'}"
+                f"{len(data):,} images of size {args.image_size}, on {args.processes} "
+                f"x {device} in {'bfloat16' if bf16 else 'float32'}"
             )
             train(args, device, bf16, data, checkpoint)
             if TORCHRUN:
