@@ -241,11 +241,10 @@ def train(args, device, bf16, data, checkpoint):
         save_checkpoint(args, modules, history)
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
         save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
+
     images_per_step = args.batch_size * args.processes
     mine = slice(args.rank, None, args.processes)  # what this process takes of a step
-    passes = math.ceil(
-        EPOCH_STEPS * images_per_step / len(data)
-    )  # 400 images, 16 a step: 4
+    passes = math.ceil(EPOCH_STEPS * images_per_step / len(data))  # 400 images: 4
     epoch_steps = passes * len(data) // images_per_step  # without the last, shorter one
     print(f"An epoch is {epoch_steps} updates: each image {passes} times.")
     step = len(history) * epoch_steps
@@ -284,6 +283,7 @@ def train(args, device, bf16, data, checkpoint):
         save_reports(args, history, fakes[:64])  # images/, losses.png, history.csv
         save_checkpoint(args, modules, history)  # models/; generator.pth is the average
         print_epoch(args, row)
+
     if not args.rank:
         check_copies(args, sample(average, fixed_z[:200]), real_images[:200], data)
 
@@ -632,7 +632,7 @@ def parse_args(**settings):
     )
     flag("--no-flip", action="store_true", help="mirror no image (text, logos)")
     flag("--epochs", type=positive, help="each at least 100 updates (50; toy 5)")
-    flag("--batch-size", type=positive, help="images a step (64; few images 16)")
+    flag("--batch-size", type=positive, help="images per step (64; few images 16)")
     flag("--lr", type=float, default=8e-4, help="first learning rate (%(default)s)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")

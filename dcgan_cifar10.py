@@ -486,7 +486,9 @@ def parse_args(**settings):
     flag = parser.add_argument
     flag("--conditional", action="store_true", help="show G and D an image's class")
     flag("--epochs", type=positive, help="passes over the data (50; toy 12)")
-    flag("--batch-size", type=positive, default=64, help="images a step (%(default)s)")
+    flag(
+        "--batch-size", type=positive, default=64, help="images per step (%(default)s)"
+    )
     flag("--lr", type=float, default=1e-3, help="first learning rate (%(default)s)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")

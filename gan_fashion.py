@@ -164,7 +164,7 @@ def r1_penalty(discriminator, real, y):
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
     logits = discriminator(real, y[::2])
-    # grad of the sum = each image's own grad; create_graph: differentiable once more.
+    # Row i: d(sum of logits) / d(image i). create_graph: to differentiate it again.
     (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return R1_WEIGHT * grad.square().sum() / len(real)
 
@@ -496,8 +496,10 @@ def parse_args(**settings):
     flag = parser.add_argument
     flag("--conditional", action="store_true", help="show G and D an image's class")
     flag("--g-steps", type=positive, default=1, help="updates of G per one of D (1)")
-    flag("--epochs", type=positive, default=20, help="passes over data (%(default)s)")
-    flag("--batch-size", type=positive, help="images per update (256; toy 64)")
+    flag(
+        "--epochs", type=positive, default=20, help="passes over the data (%(default)s)"
+    )
+    flag("--batch-size", type=positive, help="images per step (256; toy 64)")
     flag("--lr", type=float, default=2e-3, help="first learning rate (%(default)s)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")

@@ -57,7 +57,7 @@ from common import init_weights, save_grid  # DCGAN's initial weights; a grid of
 
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
 R1_WEIGHT = 4.0  # 16 x 0.25, which makes up for it (Karras et al. 2020)
-AVERAGE_DECAY = 0.998  # the average spans about 500 steps, see update_average
+AVERAGE_DECAY = 0.998  # at most: about 500 steps, see update_average()
 
 # ---- networks (the comments are output shapes, without the batch's N) ----------------
 
@@ -196,7 +196,7 @@ def r1_penalty(discriminator, real):
     With BatchNorm in D it is only nearly R1: there a logit depends on the whole batch.
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
-    # grad of the sum = each image's own grad; create_graph: differentiable once more.
+    # Row i: d(sum of logits) / d(image i). create_graph: to differentiate it again.
     (grad,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
     return R1_WEIGHT * grad.square().sum() / len(real)
 
@@ -314,7 +314,7 @@ def generate(args, device, checkpoint):
     folder = f"{args.out_dir}/generated"
     if os.path.exists(folder):
         raise FileExistsError(f"{folder} exists: rename or delete it first")
-    os.mkdir(folder)
+    os.makedirs(folder)
     torch.manual_seed(args.seed + 1)  # not the z of training's grids
     save_grid(sample(generator, torch.randn(64, args.latent_dim)), f"{folder}_grid.png")
     # Each row leads from z1 to z2 on a quarter circle. As cos^2 + sin^2 = 1, its z are
@@ -494,13 +494,11 @@ def parse_args(**settings):
     flag = parser.add_argument
     flag("--model", choices=GENERATORS, default="mlp", help="networks (%(default)s)")
     flag("--epochs", type=positive, help="passes over the data (mlp 50, conv 18)")
-    flag("--batch-size", type=positive, help="images per update (256; toy 64)")
+    flag("--batch-size", type=positive, help="images per step (256; toy 64)")
     flag("--lr", type=float, default=2e-3, help="first learning rate (%(default)s)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")
-    flag(
-        "--sample-every", type=positive, default=1, help="epochs per grid (%(default)s)"
-    )
+    flag("--sample-every", type=positive, default=1, help="epochs a grid (%(default)s)")
     flag("--data-dir", default="data", help="where MNIST is or goes (%(default)s)")
     flag("--out-dir", default=f"runs/{Path(__file__).stem}", help="files (%(default)s)")
     flag("--limit", type=positive, help="use only so many images (all)")
