@@ -16,7 +16,7 @@ acc_real 0.97, acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08.
     python dcgan_celeba.py --images FOLDER --out-dir runs/large --image-size 128
     python dcgan_celeba.py --resume --out-dir runs/mine         # after it stopped
     python dcgan_celeba.py --generate 100 --out-dir runs/mine   # after training
-    python dcgan_celeba.py --toy --out-dir runs/toy             # with no download
+    python dcgan_celeba.py --toy --out-dir runs/faces_toy       # with no download
     torchrun --nproc-per-node 2 dcgan_celeba.py --out-dir runs/two   # a process per GPU
 
 Elsewhere, with the packages below, this file, common.py and models/generator.pth:

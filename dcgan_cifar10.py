@@ -21,10 +21,10 @@ Coverage with other images in place of fakes: real test images 0.97, the same bl
 1.00, those of three classes 0.97, of one class 0.86, five over and over 0.03. So it
 shows a complete collapse, and little else.
 
-    python dcgan_cifar10.py --epochs 7 --out-dir runs/short       # 7 minutes
-    python dcgan_cifar10.py                                       # 50 epochs, an hour
-    python dcgan_cifar10.py --conditional --out-dir runs/classes  # one row per class
-    python dcgan_cifar10.py --toy --out-dir runs/toy              # with no download
+    python dcgan_cifar10.py --epochs 7 --out-dir runs/short             # 7 minutes
+    python dcgan_cifar10.py                                             # an hour
+    python dcgan_cifar10.py --conditional --out-dir runs/cifar_classes  # a row each
+    python dcgan_cifar10.py --toy --out-dir runs/cifar_toy              # no download
 
 Elsewhere, with the packages below, this file, common.py and models/generator.pth:
 

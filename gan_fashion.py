@@ -23,7 +23,7 @@ won: with so high a learning rate G cannot keep up. Copies: D knows its 30 image
     python gan_fashion.py --lr 0.1 --limit 12800 --epochs 4 --out-dir runs/won
     python gan_fashion.py --limit 30 --batch-size 10 --epochs 1500 --out-dir runs/copies
     python gan_fashion.py --conditional --out-dir runs/classes     # one row per class
-    python gan_fashion.py --toy --out-dir runs/toy                 # with no download
+    python gan_fashion.py --toy --out-dir runs/fashion_toy         # with no download
 
 Elsewhere, with the packages below, this file, common.py and models/generator.pth:
 
