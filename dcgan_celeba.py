@@ -1,15 +1,15 @@
 """A DCGAN for faces, or for your own images of any size. Read dcgan_cifar10.py first.
 
-The same rules in wider networks, without labels. What your own data adds:
+The same rules in wider networks (hence a lower rate), without labels. What is new:
 - Size (Generator, Discriminator): the middle of each image is resized to --image-size,
   64 or 32, 128, 256, 512. Each doubling adds a block and takes five times as long.
 - Few images (train): with fewer than 6,400, a batch has 16 instead of 64 of them, and
   an epoch has at least 100 updates. 400 photographs become faces in 5 epochs, 80 s.
-- Copying (check_copies): G may learn few images by heart. The copy ratio tells.
-- Several GPUs (average_gradients), decoding each file only once (load_data).
+- Copies (check_copies), several GPUs (average_gradients), reading files (load_data).
 
 Healthy, after 18 epochs of 23,707 photographs, not CelebA's: loss_d 0.73, loss_g 1.29,
-acc_real 0.97, acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08.
+acc_real 0.97, acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08. After 50
+epochs of 400 photographs: 0.16, 2.81, 1.00, 1.00, 0.00, 0.96, 1.04: D knows them all.
 
     python dcgan_celeba.py --epochs 50                          # CelebA, 1.4 GB
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own images
@@ -56,7 +56,7 @@ from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 from common import init_weights, save_grid  # DCGAN's initial weights; a grid of images
 
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
-R1_WEIGHT = 0.2  # 16 x 0.0125: rare, so stronger (Karras et al. 2020)
+R1_WEIGHT = 0.8  # 16 x 0.05: rare, so stronger (Karras et al. 2020)
 AVERAGE_DECAY = 0.998  # at most: about 500 steps, see update_average()
 EPOCH_STEPS = 100  # at least: few images are shown several times per epoch
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # True: torchrun started this
@@ -220,9 +220,9 @@ def train(args, device, bf16, data, checkpoint):
     for network in (generator, discriminator):
         network.apply(init_weights).to(device, memory_format=layout)
     average = copy.deepcopy(generator)
-    # Betas 0.5 and 0.99, not 0.9 and 0.999: old gradients mislead in a moving game.
-    opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.99), fused=True)
-    opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.99), fused=True)
+    # beta1 is 0.5, not 0.9: old gradients mislead, as the opponent has moved since.
+    opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
+    opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     modules = {
         "generator": generator,
         "discriminator": discriminator,
@@ -457,7 +457,8 @@ def draw_faces(count, size):
     for _ in range(count):
         image = Image.new("RGB", (64, 64))
         draw = ImageDraw.Draw(image)
-        draw.ellipse((12, 4, 52, 60), tuple(torch.randint(80, 256, [3]).tolist()))
+        skin = f"hsl({torch.randint(360, ()).item()}, 60%, 70%)"
+        draw.ellipse((12, 4, 52, 60), skin)
         for box in ((20, 22, 28, 32), (36, 22, 44, 32), (22, 42, 42, 52)):
             draw.ellipse(box, 0)  # eyes and mouth
         images.append(PILToTensor()(vary(image).resize((size, size))))
@@ -633,7 +634,7 @@ def parse_args(**settings):
     flag("--no-flip", action="store_true", help="mirror no image (text, logos)")
     flag("--epochs", type=positive, help="each at least 100 updates (50; toy 5)")
     flag("--batch-size", type=positive, help="images per step (64; few images 16)")
-    flag("--lr", type=float, default=8e-4, help="first learning rate (%(default)s)")
+    flag("--lr", type=float, help="first learning rate (4e-4; toy 1e-3)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")
     flag("--sample-every", type=positive, default=1, help="epochs a grid (%(default)s)")
@@ -649,6 +650,8 @@ def parse_args(**settings):
     parser.set_defaults(**settings)
     args = parser.parse_args()
     args.epochs = args.epochs or (5 if args.toy else 50)
+    if args.lr is None:
+        args.lr = 1e-3 if args.toy else 4e-4
     if not args.lr > 0 or not 0 <= args.beta1 < 1:
         parser.error(
             f"--lr {args.lr} is not above 0 or --beta1 {args.beta1} not in [0, 1)"
@@ -734,7 +737,7 @@ def main():
             if len(data) < 6:
                 sys.exit("Fewer than 6 images can be used: name others by --images.")
             if not args.batch_size:
-                args.batch_size = 16 if len(data) < 64 * EPOCH_STEPS else 64
+                args.batch_size = 16 if len(data) < 6400 else 64
             print(
                 f"{len(data):,} images of size {args.image_size}, on {args.processes} "
                 f"x {device} in {'bfloat16' if bf16 else 'float32'}"
