@@ -23,7 +23,7 @@ shows a complete collapse, and little else.
 
     python dcgan_cifar10.py --epochs 7 --out-dir runs/short             # 7 minutes
     python dcgan_cifar10.py                                             # an hour
-    python dcgan_cifar10.py --conditional --out-dir runs/cifar_classes  # a row each
+    python dcgan_cifar10.py --conditional --out-dir runs/cifar_classes  # class by class
     python dcgan_cifar10.py --toy --out-dir runs/cifar_toy              # no download
 
 Elsewhere, with the packages below, this file, common.py and models/generator.pth:
@@ -545,7 +545,7 @@ def explain(error, args):
     """Returns what to tell the user of an error that is no bug; raises a bug again."""
     reason = str(error) or "Stopped"
     if "to allocate" in reason:
-        reason = f"Out of memory: add --batch-size {args.batch_size // 2}"
+        reason = "Out of memory: use a smaller --batch-size"
     elif "state_dict" in reason:
         reason = "The networks in this script do not fit the checkpoint (edited?)"
     elif not isinstance(error, (KeyboardInterrupt, OSError, FloatingPointError)):

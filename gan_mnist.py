@@ -552,7 +552,7 @@ def explain(error, args):
     """Returns what to tell the user of an error that is no bug; raises a bug again."""
     reason = str(error) or "Stopped"
     if "to allocate" in reason:
-        reason = f"Out of memory: add --batch-size {args.batch_size // 2}"
+        reason = "Out of memory: use a smaller --batch-size"
     elif "state_dict" in reason:
         reason = "The networks in this script do not fit the checkpoint (edited?)"
     elif not isinstance(error, (KeyboardInterrupt, OSError, FloatingPointError)):
