@@ -12,20 +12,17 @@ import functools
 import hashlib
 import http.server
 import importlib
-import inspect
 import io
 import math
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
-import time
 import unittest
 import warnings
 from pathlib import Path
@@ -106,52 +103,41 @@ class CommonTest(Folder):
         assert grid.shape == (2 * 86 + 2, 3 * 86 + 2, 3)
         shown = grid[2:86, 88:172]  # the second image, enlarged without smoothing
         expected = images[1].clamp(-1, 1).permute(1, 2, 0) * 127.5 + 127.5
-        for i in range(3):
-            np.testing.assert_allclose(shown[i::3, i::3], expected, atol=0.51)
-        save_grid(torch.full((2, 1, 64, 64), 0.2), self.out / "grey.png", columns=1)
-        assert read(self.out / "grey.png")[9, 9, 0] == 153  # contrast is not stretched
+        expected = expected.repeat_interleave(3, 0).repeat_interleave(3, 1)
+        np.testing.assert_allclose(shown, expected, atol=0.51)
 
     def test_a_grid_refuses_what_it_cannot_draw(self):
-        for columns, *shape in (
-            (8, 4, 3, 8),
-            (8, 0, 1, 8, 8),
-            (8, 4, 2, 8, 8),
-            (0, 1, 1, 8, 8),
-        ):
+        for shape in (4, 3, 8), (0, 1, 8, 8), (4, 2, 8, 8):
             with self.assertRaises(ValueError):
-                save_grid(torch.zeros(shape), self.folder / "x.png", columns)
+                save_grid(torch.zeros(shape), self.folder / "x.png")
 
     def test_weights_are_initialised_as_the_dcgan_paper_says(self):
         torch.manual_seed(0)
-        for layer, mean in (
-            (nn.Linear(200, 200), 0),
-            (nn.Conv2d(64, 64, 4), 0),
-            (nn.ConvTranspose2d(64, 64, 4), 0),
-            (nn.BatchNorm1d(5000), 1),
-            (nn.BatchNorm2d(5000), 1),
+        for layer in (
+            nn.Linear(200, 200),
+            nn.Conv2d(64, 64, 4),
+            nn.ConvTranspose2d(64, 64, 4),
+            nn.BatchNorm2d(5000),
         ):
-            nn.init.ones_(layer.bias)
             layer.apply(init_weights)
+            mean = int("BatchNorm" in str(layer))
             assert abs(layer.weight.mean() - mean) < 0.002, layer
-            assert abs(layer.weight.std() - 0.02) < 0.002, layer
+            assert abs(layer.weight.std() - 0.02) < 0.002
             assert not layer.bias.any()
-        nn.Linear(3, 3, bias=False).apply(init_weights)
 
 
 class RunTests:
     """What each of the scripts promises; a class per script fills it in.
 
-    All tests of a class share a short toy run of each variant, and the same run of the
-    last variant, started as a user does and stopped after its first epoch.
+    All tests of a class share a short toy run of each variant.
     """
 
     flags = (
         "--toy --limit 200 --batch-size 32 --latent-dim 7 --epochs 2 --sample-every 3"
     )
     variants = {"plain": "", "classes": "--conditional"}
-    kept = "--conditional", "--latent-dim 8", "--beta1 0.4", "--toy"
+    kept = "--conditional"
     bad_flags = ()
-    stop_signal = signal.SIGTERM if os.name == "nt" else signal.SIGINT
     files = """images/real.png images/epoch_000.png images/epoch_002.png losses.png
         models/generator.pth models/discriminator.pth models/checkpoint.pth
         history.csv progress.gif"""
@@ -161,33 +147,11 @@ class RunTests:
         cls.module = importlib.import_module(cls.script.removesuffix(".py"))
         cls.runs = Path(tempfile.mkdtemp())
         cls.addClassCleanup(shutil.rmtree, cls.runs)
-        cls.default, last = list(cls.variants)[0], list(cls.variants)[-1]
-        cls.stopped = cls.runs / "Bilder_\u00e4"  # on a console that has no such letter
-        (cls.stopped / "history.csv").mkdir(parents=True)  # cannot be written
-        shutil.copy(HERE / "common.py", cls.runs)
-        text = (HERE / cls.script).read_text(encoding="utf-8")
-        text = text.replace("EPOCH_STEPS = 100", "EPOCH_STEPS = 1")  # 100 take too long
-        line = "print_epoch(args, row)\n"
-        stop = f"        os.kill(os.getpid(), {cls.stop_signal:d})\n"
-        text = text.replace(line, line + stop)
-        (cls.runs / "my_gan.py").write_text(text, encoding="utf-8")
-        flags = f"my_gan.py {cls.flags} {cls.variants[last]} --out-dir Bilder_\u00e4"
-        a_cluster = {"RANK": "3", "WORLD_SIZE": "4"}  # left over, and not torchrun's
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        process = subprocess.Popen(
-            [sys.executable, *flags.split()],
-            cwd=cls.runs,
-            env={**os.environ, "PYTHONIOENCODING": "ascii", **a_cluster},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        cls.default, cls.last = list(cls.variants)[0], list(cls.variants)[-1]
         cls.printed = {}
         for name, flags in cls.variants.items():
             flags = cls.flags, flags, "--out-dir", cls.runs / name
             cls.printed[name] = call(cls.script, *flags)
-        cls.said = process.communicate()[0]
-        cls.code = process.returncode
 
     def setUp(self):
         super().setUp()
@@ -232,16 +196,16 @@ class RunTests:
         return call(self.script, "--resume", *flags, "--out-dir", self.out, code=code)
 
     def batches(self, run, *flags):
-        """Returns the batches of real images that a run passes to train_step."""
+        """Returns a run's batches: what it passes to train_step from real images on."""
         seen, train_step = [], self.module.train_step
 
         def record(*args):
-            seen.append(args[4].clone())
+            seen.append(copy.deepcopy(args[4:]))
             return train_step(*args)
 
         with mock.patch.object(self.module, "train_step", record):
             run(*flags)
-        return seen
+        return list(zip(*seen))
 
     def networks(self):
         """Yields an untrained generator, for z of 7, and discriminator per variant."""
@@ -249,57 +213,56 @@ class RunTests:
 
     def labels(self, count):
         """Returns what networks take besides images: labels in a tuple, or ()."""
-        return (torch.arange(count) % 10,)
-
-    def cells(self, path, columns):
-        """Returns the images of a grid, N x H x W x C, at their own size."""
-        cell = 3 * self.shape[1] + 2
-        rows = read(path)[2:, 2:].reshape(-1, cell, columns, cell, 3).swapaxes(1, 2)
-        return rows.reshape(-1, cell, cell, 3)[:, :-2:3, :-2:3, : self.shape[0]]
+        return ()
 
     # -- what a run gives
 
     def test_a_run_writes_its_files_and_prints_what_is_in_them(self):
         for name, text in self.printed.items():
             out = self.runs / name
-            assert repr(str(out)) in text.splitlines()[-1]
             files = {file.relative_to(out).as_posix() for file in out.rglob("*.*")}
             assert files == set(self.files.split())
-            rows, columns = self.grids[name]
-            last = out / "images" / "epoch_002.png"
-            assert len(self.cells(last, columns)) == rows * columns
+            height, width, _ = read(out / "images" / "epoch_002.png").shape
+            cell = 3 * self.shape[1] + 2
+            assert (height // cell, width // cell) == self.grids[name]
             with Image.open(out / "progress.gif") as picture:
-                picture.seek(1)  # its second and last frame
-                error = np.asarray(picture.convert("RGB")).astype(int) - read(last)
-            assert abs(error).mean() < 8
+                assert picture.n_frames == 2 and picture.size == (width, height)
             assert "200 images" in text and "6 updates" in text
             rows = csv.DictReader((out / "history.csv").read_text().splitlines())
             lines = re.findall("^epoch.*", text, re.M)
             for i, (line, row) in enumerate(zip(lines, rows, strict=True), 1):
                 assert f"epoch {i}/2  " in line
-                assert "LOW COVERAGE" in line  # it has learned very little
+                assert "LOW COVERAGE" in line  # it has learned little
                 for key in "loss_d loss_g acc_real acc_fake fool_rate coverage".split():
                     digits = 3 if key.startswith("loss") else 2
-                    assert f"  {key} {float(row[key]):.{digits}f}  " in line, line
-                images = float(row["seconds"]) * float(row["images_per_s"])
-                assert round(images) == 6 * 32
+                    assert f"  {key} {float(row[key]):.{digits}f}  " in line
 
-    def test_a_run_stopped_in_a_terminal_ends_as_if_it_had_not_been(self):
-        assert "Warning" in self.said, self.said  # of history.csv
-        if self.stop_signal == signal.SIGINT:
-            assert self.code == 1 and "Traceback" not in self.said, self.said
-            assert 'python my_gan.py --resume --out-dir "Bilder' in self.said
-            assert (self.stopped / "progress.gif").exists()
+    def test_a_run_stopped_by_ctrl_c_ends_as_if_it_had_not_been(self):
         self.quick.stop()
-        self.out = self.stopped
+        (self.out / "history.csv").mkdir(parents=True)  # cannot be written
+        flags = self.flags, self.variants[self.last], "--out-dir", self.out
+        with mock.patch.object(
+            self.module, "print_epoch", side_effect=KeyboardInterrupt
+        ):
+            text = call(self.script, *flags, code=1)
+        assert "Warning" in text and f'--resume --out-dir "{self.out}"' in text
+        assert (self.out / "progress.gif").exists()
         assert re.search("1 epochs are done(.*\n)*epoch 2/2 ", self.resume())
-        whole = self.runs / list(self.variants)[-1]
         for name in self.files.split()[:6]:  # the others hold times
-            old, new = whole / name, self.out / name
+            old, new = self.runs / self.last / name, self.out / name
             if name.endswith("png"):
                 assert old.read_bytes() == new.read_bytes(), name
             else:
                 torch.testing.assert_close(load(old), load(new), rtol=0, atol=0)
+
+    def test_a_script_runs_by_itself_on_a_console_without_umlauts(self):
+        out = self.folder / "Bilder_\u00e4"
+        shutil.copytree(self.runs / self.default / "models", out / "models")
+        flags = HERE / self.script, "--generate", "1", "--out-dir", out
+        console = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        subprocess.run(
+            [sys.executable, *flags], env=console, stdout=subprocess.DEVNULL, check=True
+        )
 
     def test_generate_writes_n_images_and_nothing_else_into_a_new_folder(self):
         for variant in self.variants:
@@ -331,43 +294,38 @@ class RunTests:
 
     # -- what the lesson's functions promise to whoever copies them
 
-    def test_train_step_copied_alone_follows_its_formulas(self):
-        names = dict(nn=nn, torch=torch, bce=bce, R1_WEIGHT=0.1, TORCHRUN=False)
-        for name in ("train_step", "r1_penalty", "average_gradients"):
-            if hasattr(self.module, name):
-                exec(inspect.getsource(getattr(self.module, name)), names)
+    def test_train_step_follows_its_formulas(self):
         torch.manual_seed(0)
-        for generator, discriminator in self.networks():
-            for layer in discriminator:
+        close = torch.testing.assert_close
+        for networks in self.networks():
+            for layer in networks[1]:
                 if isinstance(layer, nn.Dropout):
                     layer.p = 0.0
-            networks = generator, discriminator
-            old_generator, old_discriminator = copy.deepcopy(networks)
-            opts = [torch.optim.SGD(x.parameters(), 0.1) for x in networks]
+            old_g, old_d = copy.deepcopy(networks)
+            opts = [torch.optim.SGD(network.parameters(), 0.1) for network in networks]
             real, z, y = (
                 torch.rand(32, *self.shape),
                 torch.randn(32, 7),
                 self.labels(32),
             )
-            result = names["train_step"](*networks, *opts, real, *y, z, True)
-            fake, one = old_generator(z, *y), torch.ones(32, 1)
-            loss_d = bce(old_discriminator(real, *y), one)
-            loss_d = loss_d + bce(old_discriminator(fake.detach(), *y), 1 - one)
-            half = real[::2].requires_grad_()
-            logits = old_discriminator(half, *(labels[::2] for labels in y))
-            (grad,) = torch.autograd.grad(logits.sum(), half, create_graph=True)
-            (loss_d + 0.1 * grad.square().sum() / 16).backward()
-            logits = discriminator(fake, *y)
+            result = self.module.train_step(*networks, *opts, real, *y, z, True)
+            fake, one = old_g(z, *y), torch.ones(32, 1)
+            loss_d = bce(old_d(real, *y), one) + bce(old_d(fake.detach(), *y), 1 - one)
+            (loss_d + self.module.r1_penalty(old_d, real, *y)).backward()
+            logits = networks[1](fake, *y)
             loss_g = bce(logits, one)
-            loss_g.backward(inputs=list(old_generator.parameters()))
-            close = torch.testing.assert_close
+            loss_g.backward(inputs=list(old_g.parameters()))
             close(result["loss_d"], loss_d.detach())
             close(result["loss_g"], loss_g.detach())
             assert result["fool_rate"] == (logits > 0).float().mean()
-            for network, old in zip(networks, (old_generator, old_discriminator)):
+            for network, old in zip(networks, (old_g, old_d)):
                 for weight, before in zip(network.parameters(), old.parameters()):
-                    close(weight.grad, before.grad)
                     close(weight, before - 0.1 * before.grad)
+
+    def test_r1_is_the_squared_gradient_of_each_logit(self):
+        real, logits = torch.ones(8, *self.shape), lambda x, *_: 2 * x.sum((1, 2, 3))
+        penalty = self.module.r1_penalty(logits, real, *self.labels(8))
+        assert abs(penalty / (self.module.R1_WEIGHT * 4 * real[0].numel()) - 1) < 1e-5
 
     def test_the_average_follows_weights_and_batchnorm(self):
         average, generator = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
@@ -384,24 +342,17 @@ class RunTests:
         modes = torch.randn(10, *self.shape).repeat(30, 1, 1, 1)
         real, fake = modes + 0.1 * torch.randn(2, 300, *self.shape)
         half = fake[torch.arange(300) % 10 < 5]
-        few = fake[:10].repeat(30, 1, 1, 1)  # every mode, and one image of each
-        for images, expected in (fake, 0.98), (half, 0.5), (few, 0.15), (real + 9, 0):
+        for images, expected in (fake, 0.98), (half, 0.5), (real + 9, 0):
             assert abs(self.module.coverage(real, images) - expected) < 0.15
-        assert self.module.coverage(real[:6], fake) <= 1
 
     def test_an_image_depends_on_its_own_z_alone_and_sampling_keeps_the_mode(self):
-        for generator, discriminator in self.networks():
+        for generator, _ in self.networks():
             z, labels = 3 * torch.randn(50, 7), self.labels(50)
             images = self.module.sample(generator.train(), z, *labels)
             assert images.shape == (50, *self.shape) and images.abs().max() <= 1
             one = self.module.sample(generator, z[:1], *self.labels(1))
             torch.testing.assert_close(one, images[:1])
             assert generator.training
-            assert discriminator(images, *labels).shape == (50, 1)
-
-    def test_every_epoch_has_an_order_of_its_own(self):
-        seen = self.batches(self.train, "--epochs 2 --limit 64")
-        assert not torch.cat(seen[:2]).equal(torch.cat(seen[2:]))
 
     def test_grids_are_of_the_average(self):
         with mock.patch.object(self.module, "update_average"):  # stays untrained
@@ -414,15 +365,14 @@ class RunTests:
     def test_resume_takes_flags_from_the_run_unless_they_are_given_anew(self):
         path = self.copy_run()
         text = self.resume("--epochs 3 --lr 1e-4")
-        assert "2 epochs are done; --epochs is 3" in text and "epoch 3/3" in text, text
+        assert "2 epochs are done; --epochs is 3" in text and "epoch 3/3" in text
         checkpoint = load(path)
         settings = checkpoint["settings"]
         assert (settings["lr"], settings["batch_size"]) == (1e-4, 32)
         assert settings["bf16"] is None  # as the next machine has it
-        assert "3 epochs are done; --epochs is 2" in self.resume("--epochs 2")
         settings["toy"] = False
         torch.save(checkpoint, path)
-        for flag in self.kept:
+        for flag in self.kept, "--latent-dim 8", "--beta1 0.4", "--toy":
             assert f"has {flag.split()[0]} " in self.resume(flag, code=1)
 
     def test_a_bad_checkpoint_is_refused_stays_and_runs_no_code(self):
@@ -432,16 +382,15 @@ class RunTests:
             def __reduce__(self):
                 return os.mkdir, (str(trap),)
 
-        contents = [path.read_bytes()[:9999], b""]
+        contents = [path.read_bytes()[:9999]]
         edited = {**load(path), "average": {}}
-        for content in (Payload(), {"settings": {"toy": True}}, edited):
+        for content in (Payload(), edited):
             torch.save(content, path)
             contents.append(path.read_bytes())
         for content in contents:
             path.write_bytes(content)
-            for flag in ("--resume", "--generate 1"):
-                text = call(self.script, flag, "--out-dir", self.out, code=1)
-                assert "damaged or not from this script" in text or "edited?" in text
+            text = self.resume(code=1)
+            assert "damaged or not from this script" in text or "edited?" in text
             assert path.read_bytes() == content
         assert not trap.exists()
         self.out = trap
@@ -454,17 +403,15 @@ class RunTests:
 
     def test_errors_are_explained_and_bugs_are_not_hidden(self):
         text = self.train("--latent-dim 10000000000000", code=1)  # too much anywhere
-        assert re.search("Out of memory: .*--batch-size", text), text
-        step = functools.partial(mock.patch.object, self.module, "train_step")
-        with step(side_effect=KeyboardInterrupt):
-            assert "--resume" in self.train(code=1)
-        assert "epoch 1/1" in self.resume()
-        self.out = self.folder / "large rate"
+        assert re.search("Out of memory: .*--batch-size", text)
         assert "smaller --lr" in self.train("--lr 1e30", code=1)
         weights = load(self.out / "models" / "generator.pth").values()
         assert all(value.isfinite().all() for value in weights)
         self.out = self.folder / "bug"
-        with step(side_effect=RuntimeError("a bug")), self.assertRaises(RuntimeError):
+        bug = mock.patch.object(
+            self.module, "train_step", side_effect=RuntimeError("x")
+        )
+        with bug, self.assertRaises(RuntimeError):
             self.train()
 
     def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stays(self):
@@ -476,21 +423,18 @@ class RunTests:
 
     def test_flags_that_do_not_fit_are_refused(self):
         for flag in (
-            *("--epochs 0", "--batch-size ten", "--latent-dim 0", "--limit 0"),
+            *("--epochs 0", "--batch-size 0", "--latent-dim 0", "--limit 0"),
             *("--sample-every 0", "--generate 0", "--beta1 1", "--beta1 -0.1"),
-            *("--lr 0", "--lr nan", "--seed x", *self.bad_flags),
+            *("--lr 0", "--lr nan", *self.bad_flags),
         ):
             text = call(self.script, flag, "--out-dir", self.out, code=2)
-            assert flag.split()[0] in text.split("error:")[1], text
-        for name in ("cuda:99", "nonsense"):
-            assert name in self.train("--device", name, code=1)
+            assert flag.split()[0] in text.split("error:")[1]
+        assert "cuda:99" in self.train("--device cuda:99", code=1)
         assert not self.out.exists()
         gpu = torch.device("cuda:99")  # one that PyTorch sees and cannot use
-        with (
-            mock.patch("torch.accelerator.current_accelerator", lambda **_: gpu),
-            contextlib.redirect_stdout(io.StringIO()) as printed,
-        ):
-            assert self.module.choose_device(None).type == "cpu"
+        with mock.patch("torch.accelerator.current_accelerator", lambda **_: gpu):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                assert self.module.choose_device(None).type == "cpu"
         assert "cuda:99 cannot be used" in printed.getvalue()
 
     def test_a_batch_larger_than_the_data_is_refused(self):
@@ -506,32 +450,38 @@ class RunTests:
         before = [file.read_bytes() for file in files]
         assert "--resume" in self.train(code=1)
         assert before == [file.read_bytes() for file in files]
-        self.out = files[0] / "out"
-        assert files[0].name in self.train(code=1)
 
     def test_a_failed_download_names_the_files(self):
         flags = "--data-dir", self.folder, "--out-dir", self.out
         text = call(self.script, *flags, code=1)
         for word in (self.data_file, str(self.folder), "--toy"):
-            assert word in text, text
+            assert word in text
         assert socket.getdefaulttimeout() == 60  # of a server that falls silent
 
 
-class MnistTest(RunTests, Folder):
+class GreyTests:
+    """What the scripts with grey images promise besides."""
+
+    def test_images_that_are_all_black_are_refused(self):  # as of a damaged file
+        black = np.zeros((70, 28, 28, 1), np.uint8)
+        assert "elete" in self.train_on(black, np.zeros(70, int), code=1)
+
+
+class MnistTest(GreyTests, RunTests, Folder):
     script, shape, data_set = "gan_mnist.py", (1, 28, 28), gan_mnist.MNIST
     data_file = "train-images-idx3-ubyte.gz"
     variants = {"mlp": "", "conv": "--model conv"}
-    kept = "--model conv", "--latent-dim 8", "--beta1 0.4", "--toy"
-    bad_flags = ("--model gru",)
+    kept = "--model conv"
     grids = {"mlp": (8, 8), "conv": (8, 8)}
-    stop_signal = signal.SIGTERM  # which ends Python at once; the others get Ctrl-C
 
     def networks(self):
         yield gan_mnist.MLPGenerator(7), gan_mnist.MLPDiscriminator()
         yield gan_mnist.ConvGenerator(7), gan_mnist.ConvDiscriminator()
 
-    def labels(self, count):
-        return ()
+    def test_images_are_scaled_to_the_range_of_tanh(self):
+        pixels, labels = random_pixels(32, 28, 28, 1), np.zeros(32, int)
+        (real,), *_ = self.batches(self.train_on, pixels, labels)
+        assert real.min() == -1 and real.max() == 1
 
     def test_the_convolutional_discriminator_has_dropout(self):
         discriminator, images = gan_mnist.ConvDiscriminator(), torch.rand(5, 1, 28, 28)
@@ -539,57 +489,38 @@ class MnistTest(RunTests, Folder):
             layer.train(isinstance(layer, nn.Dropout))
         assert not discriminator(images).equal(discriminator(images))
 
-    def test_the_images_are_mnists_and_refused_if_all_are_black(self):
-        pixels, labels = random_pixels(70, 28, 28, 1), np.zeros(70, int)
-        self.train_on(pixels, labels, "--limit 64")
-        shown = self.cells(self.out / "images" / "real.png", 8).astype(np.uint8)
-        expected = {image.tobytes() for image in pixels[:64]}
-        assert {image.tobytes() for image in shown} == expected
-        self.out = self.folder / "black"
-        assert "delete" in self.train_on(0 * pixels, labels, code=1)
-
 
 class ClassTests(RunTests):
     """What the scripts with --conditional promise besides."""
 
     letters = "ABCDEFGHIJ"
 
-    def test_each_class_has_a_logit_of_its_own(self):
-        for _, discriminator in self.networks():
-            images = torch.rand(1, *self.shape).expand(10, -1, -1, -1)
-            assert len(discriminator.eval()(images, torch.arange(10)).unique()) == 10
+    def labels(self, count):
+        return (torch.arange(count) % 10,)
 
-    def test_labels_matter_only_with_conditional(self):
-        pixels, labels = random_pixels(32, 32, 32, 3), np.arange(32) % 10
-        pixels, weights = pixels[:, -self.shape[1] :, -self.shape[1] :], []
-        for flag in ("", "--conditional"):
-            for y in (labels, labels[::-1].copy()):
-                self.out = self.folder / str(len(weights))
-                self.train_on(pixels, y, flag)
-                weights.append((self.out / "models" / "generator.pth").read_bytes())
-        assert weights[0] == weights[1] and weights[2] != weights[3]
+    def test_each_class_has_images_and_a_logit_of_its_own(self):
+        for generator, discriminator in self.networks():
+            y = torch.arange(10)
+            images = self.module.sample(generator, torch.ones(10, 7), y)
+            assert len(images.unique(dim=0)) == 10
+            logits = discriminator.eval()(images[:1].expand(images.shape), y)
+            assert len(logits.unique()) == 10
 
-    def test_each_row_of_real_images_is_a_class(self):
-        labels = np.arange(70) % 9  # no image of the last class
-        pixels = np.ones((70, *self.shape[1:], self.shape[0]), np.uint8)
-        pixels *= 20 + 20 * labels.astype(np.uint8)[:, None, None, None]
-        self.train_on(pixels, labels, "--limit 64 --conditional")
-        rows = self.cells(self.out / "images" / "real.png", 8).reshape(10, 8, -1)
-        for k, row in enumerate(rows):
-            assert (row[:7] == (20 + 20 * k) % 200).all()
-        assert not rows[1:, 7].any()  # short rows end in black
+    def test_images_come_with_their_labels_only_with_conditional(self):
+        labels = np.arange(32) % 10
+        pixels = np.tile(20 * labels.astype(np.uint8), (3, *self.shape[1:], 1)).T
+        for flag, sees in ("", 0), ("--conditional", 1):
+            self.out = self.folder / str(sees)
+            (real,), (y,), *_ = self.batches(self.train_on, pixels, labels, flag)
+            assert y.equal(sees * ((real[:, 0, 0, 0] + 1) * 127.5 / 20).round().long())
 
 
-class FashionTest(ClassTests, Folder):
+class FashionTest(GreyTests, ClassTests, Folder):
     script, shape, data_set = "gan_fashion.py", (1, 28, 28), gan_fashion.FashionMNIST
     data_file = "train-images-idx3-ubyte.gz"
     grids = {"plain": (9, 9), "classes": (10, 10)}
     bad_flags = ("--g-steps 0",)
     files = f"{RunTests.files} images/nearest.png"
-
-    def test_images_that_are_all_black_are_refused(self):
-        black = np.zeros((70, 28, 28, 1), np.uint8)
-        assert "Delete" in self.train_on(black, np.zeros(70, int), code=1)
 
     def test_d_learns_at_every_g_steps_th_step_alone(self):
         changes, train_step = [], gan_fashion.train_step
@@ -605,7 +536,6 @@ class FashionTest(ClassTests, Folder):
         assert changes == [True, False, False]
 
     def test_the_copy_ratio_tells_copies_from_new_images(self):
-        assert re.search(r"\ncopy ratio \d\.\d\d", self.printed["plain"])
         torch.manual_seed(0)
         training, held_out, new = torch.rand(3, 53, 1, 28, 28)
         copies, path = training.flip(0) + 0.01 * new, self.folder / "nearest.png"
@@ -613,8 +543,8 @@ class FashionTest(ClassTests, Folder):
             ratio = gan_fashion.copy_ratio(fake, training, held_out, path)
             assert abs(ratio - expected) < 0.05
         grid = read(path)[2::3, 2::3, 0] / 127.5 - 1  # each fake above its nearest
-        np.testing.assert_allclose(grid[:28, :28], copies[0, 0], atol=0.01)
-        np.testing.assert_allclose(grid[28:56, :28], training[52, 0], atol=0.01)
+        expected = torch.cat([copies[0, 0], training[52, 0]])
+        np.testing.assert_allclose(grid[:56, :28], expected, atol=0.01)
 
 
 class CifarTest(ClassTests, Folder):
@@ -627,10 +557,9 @@ class CifarTest(ClassTests, Folder):
         return pixels, labels.tolist()
 
     def test_some_batches_are_mirrored(self):
-        seen = self.batches(
-            self.train_on, random_pixels(64, 32, 32, 3), np.zeros(64, int)
-        )
-        assert {(real[..., 0] > -1).any().item() for real in seen} == {False, True}
+        pixels, labels = random_pixels(64, 32, 32, 3), np.zeros(64, int)
+        real, *_ = self.batches(self.train_on, pixels, labels)
+        assert {(x[..., 0] > -1).any().item() for x in real} == {False, True}
 
 
 class CelebaTest(RunTests, Folder):
@@ -639,8 +568,8 @@ class CelebaTest(RunTests, Folder):
     data_file = "img_align_celeba.zip"
     flags = f"{RunTests.flags} --image-size 32"
     variants, grids = {"plain": ""}, {"plain": (8, 8)}
-    kept = "--image-size 64", "--latent-dim 8", "--beta1 0.4", "--toy"
-    bad_flags = "--image-size 100", "--image-size 16", "--toy --images ."
+    kept = "--image-size 64"
+    bad_flags = "--image-size 100", "--toy --images ."
     files = f"{RunTests.files} images/nearest.png"
 
     @classmethod
@@ -656,9 +585,6 @@ class CelebaTest(RunTests, Folder):
 
     def networks(self):
         yield dcgan_celeba.Generator(7, 32), dcgan_celeba.Discriminator(32)
-
-    def labels(self, count):
-        return ()
 
     def save(self, count, folder=None):
         """Saves random images to a folder, self.mine by default, and returns them."""
@@ -696,7 +622,8 @@ class CelebaTest(RunTests, Folder):
     def test_few_images_are_shown_several_times_per_epoch_in_small_batches(self):
         self.save(20)
         with mock.patch.object(dcgan_celeba, "EPOCH_STEPS", 5):
-            seen = torch.stack(self.batches(self.train_on_mine, "--no-flip"))
+            real, *_ = self.batches(self.train_on_mine, "--no-flip")
+        seen = torch.stack(real)
         assert seen.shape == (5, 16, 3, 32, 32)
         counts = seen.flatten(0, 1).unique(dim=0, return_counts=True)[1]
         assert counts.tolist() == [4] * 20
@@ -709,8 +636,8 @@ class CelebaTest(RunTests, Folder):
         self.save(64)
         for flag, expected in ("", {False, True}), ("--no-flip", {False}):
             self.out = self.folder / f"out{flag}"
-            seen = self.batches(self.train_on_mine, "--batch-size 8", flag)
-            assert {(real[..., 0] > -1).any().item() for real in seen} == expected
+            real, *_ = self.batches(self.train_on_mine, "--batch-size 8", flag)
+            assert {(x[..., 0] > -1).any().item() for x in real} == expected
 
     def test_the_copy_ratio_tells_copies_from_new_images(self):
         torch.manual_seed(0)
@@ -727,26 +654,21 @@ class CelebaTest(RunTests, Folder):
     # -- your own images
 
     def test_images_of_all_kinds_are_read_and_what_cannot_be_is_named(self):
-        half = Image.new("RGB", (64, 64), "blue")
-        half.paste("red", (0, 0, 32, 64))
-        wide = Image.new("RGB", (200, 64))
-        wide.paste(half, (68, 0))
+        wide = Image.new("RGB", (200, 64))  # of which the middle is used
+        wide.paste("red", (68, 0, 100, 64))
+        wide.paste("blue", (100, 0, 132, 64))
         turned = Image.Exif()
         turned[0x112] = 6  # shown after a quarter turn to the right
         ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
         for name, image, options in (
-            ("a.bmp", half, {}),
-            ("b damaged exif.png", half, {"exif": b"Exif\0\0damaged"}),
-            ("c cmyk.jpg", half.convert("CMYK"), {}),
-            ("deeper/palette.gif", half.quantize(2), {}),
-            ("deeper/turned.JPG", half.rotate(90), {"exif": turned}),
-            ("e wide.webp", wide, {"lossless": True}),
+            ("a.bmp", wide, {}),
+            ("b damaged exif.png", wide, {"exif": b"Exif\0\0damaged"}),
+            ("deeper/turned.JPG", wide.rotate(90, expand=True), {"exif": turned}),
             ("f grey.png", Image.new("L", (70, 70), 90), {}),
             ("g transparent.png", Image.new("RGBA", (64, 64)), {}),
             ("h of 16 bits.png", Image.fromarray(ramp), {}),
-            ("i small.png", half.resize((7, 100)), {}),
-            (".ipynb_checkpoints/a.png", half, {}),
-            ("._hidden.png", half, {}),
+            ("i small.png", wide.resize((7, 100)), {}),
+            (".ipynb_checkpoints/a.png", wide, {}),
         ):
             (self.mine / name).parent.mkdir(parents=True, exist_ok=True)
             image.save(self.mine / name, **options)
@@ -762,17 +684,16 @@ class CelebaTest(RunTests, Folder):
             assert words in text and "caption" not in text, text
         *halves, grey, white, ramp = pixels.numpy()
         close = functools.partial(np.testing.assert_allclose, atol=6)
-        close([x[16, [4, 27]] for x in halves], [[[255, 0, 0], [0, 0, 255]]] * 6)
+        close([x[16, [4, 27]] for x in halves], [[[255, 0, 0], [0, 0, 255]]] * 3)
         assert (grey == 90).all() and (white == 255).all()
         close(ramp[16, [0, 16, 31], 0], [2, 130, 253])
-        assert len(self.load(self.mine, limit=5)[0]) == 5
+        assert len(self.load(self.mine, limit=4)[0]) == 4
 
     def test_images_are_decoded_once_and_again_when_something_changes(self):
         expected = self.save(5)
         assert "of 5 decoded" in self.load(self.mine)[1]
         pixels, text = self.load(self.mine)
         assert (pixels.numpy() == expected).all() and text == ""
-        assert len(self.load(self.mine, limit=2)[0]) == 2
         assert self.load(self.mine, size=64)[0].shape == (5, 64, 64, 3)
         shutil.copy(self.mine / "000.png", self.mine / "004.png")
         assert (self.load(self.mine)[0][4].numpy() == expected[0]).all()
@@ -795,29 +716,15 @@ class CelebaTest(RunTests, Folder):
             assert not list(self.data.iterdir())
         assert "6 images" in self.train_on_mine()
 
-    def test_memory_is_bounded_when_decoding_and_when_reading(self):
-        threads = []
-
-        def decode(file, size):
-            threads.append(threading.active_count())
-            time.sleep(0.01)
-            return bytes(3 * size**2)
-
-        self.save(40)
-        before = threading.active_count()
-        with mock.patch.object(dcgan_celeba, "decode", decode):
-            with mock.patch("os.cpu_count", lambda: 64):
-                self.load(self.mine)
-        assert 1 < max(threads) - before <= 4
-        memory = Path("/proc/self/statm")
-        if not memory.exists():
-            return
-        with open(self.folder / "large", "wb") as file:
-            file.truncate(30_000 * 64 * 64 * 3)  # 369 MB
-        data, pages = dcgan_celeba.DecodedImages(file.name, 64), []
+    @unittest.skipUnless(Path("/proc/self/statm").exists(), "for Linux")
+    def test_memory_is_bounded_when_reading(self):
+        path, pages = self.folder / "large", []
+        path.touch()
+        os.truncate(path, 30_000 * 64 * 64 * 3)  # 369 MB
+        data = dcgan_celeba.DecodedImages(path, 64)
         for indices in torch.arange(len(data)).split(100):
-            assert data[indices].shape == (100, 3, 64, 64)
-            pages.append(int(memory.read_text().split()[1]))
+            assert not data[indices].any()
+            pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
         assert (max(pages[1:]) - pages[0]) * os.sysconf("SC_PAGE_SIZE") < 100e6
 
     def test_folders_that_cannot_be_learned_from_are_refused_by_name(self):
@@ -836,8 +743,6 @@ class CelebaTest(RunTests, Folder):
         self.train_on_mine()
         os.chdir(HERE)
         assert "epoch 2/2" in self.resume("--epochs 2 --data-dir", self.data)
-        (self.folder / "mine").rename(self.folder / "yours")
-        assert str(self.folder / "mine") in self.resume("--data-dir", self.data, code=1)
 
     # -- CelebA
 
@@ -860,7 +765,7 @@ class CelebaTest(RunTests, Folder):
 
         def unpack(archive, folder, *_):  # until the disk is full
             self.save(1, Path(folder, "img_align_celeba"))
-            raise OSError(28, "No space left on device")
+            raise OSError("disk full")
 
         handler = http.server.SimpleHTTPRequestHandler
         handler = functools.partial(handler, directory=self.folder)
@@ -872,17 +777,12 @@ class CelebaTest(RunTests, Folder):
             contextlib.redirect_stderr(io.StringIO()),
         ):
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            for failure in (
-                patch("MD5", "0" * 32),  # as of a download that was cut off
-                mock.patch("torchvision.datasets.utils.extract_archive", unpack),
-            ):
-                for _ in range(2):  # what the first attempt left is not taken for it
-                    with failure, self.assertRaisesRegex(SystemExit, "celeba.zip"):
-                        self.load()
-            for _ in range(2):
-                assert (self.load()[0].numpy() == expected).all()
-                archive.unlink(missing_ok=True)  # the second time it is not needed
+            failure = mock.patch("torchvision.datasets.utils.extract_archive", unpack)
+            with failure, self.assertRaisesRegex(SystemExit, "celeba.zip"):
+                self.load()
+            assert (self.load()[0].numpy() == expected).all()
             server.shutdown()
+        assert len(self.load()[0]) == 3  # not downloaded again
 
     # -- several processes
 
@@ -890,31 +790,24 @@ class CelebaTest(RunTests, Folder):
     def test_processes_share_each_epoch_learn_the_same_and_resume(self):
         self.save(200)
         code = """
-            import os, shutil, sys, torch, dcgan_celeba as script
-            script.EPOCH_STEPS, seen = 1, []
-            train_step, print_epoch = script.train_step, script.print_epoch
+            import os, sys, torch, dcgan_celeba as script
+            script.EPOCH_STEPS, seen, train_step = 1, [], script.train_step
 
             def record(*args):
-                weight = args[0][0].weight.detach().clone()
-                seen.append([weight, args[4].clone(), args[5]])
+                seen.append([args[4].clone(), args[0][0].weight.detach().clone()])
                 return train_step(*args)
 
-            def copy(args, row):
-                print_epoch(args, row)
-                if row["epoch"] == 1:
-                    shutil.copytree(args.out_dir, "cut")
-
-            script.train_step, script.print_epoch = record, copy
+            script.train_step = record
             script.distributed.destroy_process_group = script.distributed.barrier
             script.main()
-            torch.save(seen, "rank" + os.environ["RANK"])
             script.distributed.init_process_group = lambda **_: None
-            sys.argv[1:] = ["--resume", "--out-dir", "cut"]
+            sys.argv[1:] = "--resume --epochs 3 --out-dir out".split()
             script.main()
+            torch.save(seen, "rank" + os.environ["RANK"])
         """
         (self.folder / "recorder.py").write_text(textwrap.dedent(code))
         flags = "--standalone --nproc-per-node=2 recorder.py --images mine --no-flip"
-        flags += " --image-size 32 --batch-size 32 --epochs 2 --out-dir whole"
+        flags += " --image-size 32 --batch-size 32 --epochs 2 --out-dir out"
         process = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", *flags.split()],
             env={**os.environ, "PYTHONPATH": str(HERE)},
@@ -923,18 +816,14 @@ class CelebaTest(RunTests, Folder):
             text=True,
         )
         assert process.returncode == 0, process.stderr
-        assert re.findall("^epoch ./2", process.stdout, re.M)[1:] == ["epoch 2/2"] * 2
+        epochs = re.findall("^epoch (./.)", process.stdout, re.M)
+        assert epochs == ["1/2", "2/2", "3/3"]  # printed once each
         first, second = load(self.folder / "rank0"), load(self.folder / "rank1")
-        assert not first[0][2].equal(second[0][2])  # each has a z of its own
-        assert first[-1][0].equal(second[-1][0])
-        for i in (0, 3):  # 200 // 64 = 3 steps per epoch, and no image twice in it
-            seen = torch.cat(
-                [real for _, real, _ in first[i : i + 3] + second[i : i + 3]]
-            )
+        for (_, weight), (_, other) in zip(first, second, strict=True):
+            assert weight.equal(other)
+        for i in (0, 3, 6):  # 200 // 64 = 3 steps per epoch, and no image twice in it
+            seen = torch.cat([real for real, _ in first[i : i + 3] + second[i : i + 3]])
             assert len(seen.unique(dim=0)) == 192
-        for name in ("generator.pth", "discriminator.pth"):
-            whole, cut = (self.folder / x / "models" / name for x in ("whole", "cut"))
-            assert whole.read_bytes() == cut.read_bytes()
 
 
 if __name__ == "__main__":
