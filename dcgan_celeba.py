@@ -1,21 +1,21 @@
 """A DCGAN for faces, or for your own images of any size. Read dcgan_cifar10.py first.
 
-The same rules in wider networks (hence a lower rate), without labels. What is new:
-- Size (Generator, Discriminator): the middle of each image is resized to --image-size,
-  64 or 32, 128, 256, 512. Each doubling adds a block and takes five times as long:
-  on two CPU cores 580 images/s are learned from at 32, 120 at 64, 22 at 128.
+The rules are the same, the networks wider (hence a lower rate), without labels. New:
+- Size (Generator, Discriminator): images are cropped to squares and resized to
+  --image-size: 64, or 32, 128, 256, 512. Each doubling adds a block and takes five
+  times as long: two CPU cores learn from 580 images/s at 32, 120 at 64, 22 at 128.
 - Few images (main, train): fewer than 6,400 come in batches of 16, not 64, and at least
-  100 updates an epoch. 400 photographs become faces in 5 epochs, 80 s on a CPU.
-- Copies (check_copies), several GPUs (average_gradients), reading files (load_data).
+  100 batches an epoch. 400 photographs become faces of 64 x 64 in 5 epochs, 80 seconds.
+- Is G copying (check_copies), several GPUs (average_gradients), any files (load_data).
 
-Healthy, after 18 epochs of 23,707 photographs, not CelebA's: loss_d 0.73, loss_g 1.29,
-acc_real 0.97, acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08. Near 1,
-faces are new. So they are with 400 images (1.04), though D learns them: loss_d 0.16.
+Healthy, after 18 epochs of 23,707 photographs: loss_d 0.73, loss_g 1.29, acc_real 0.97,
+acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08 (of mere copies: 0).
+Of 400 photographs D learns each by heart (loss_d 0.16), yet G's faces are new: 1.04.
 
     python dcgan_celeba.py --epochs 50                          # CelebA, 1.4 GB
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own images
     python dcgan_celeba.py --images FOLDER --out-dir runs/large --image-size 128
-    python dcgan_celeba.py --resume --out-dir runs/mine         # continue it
+    python dcgan_celeba.py --resume --out-dir runs/mine --epochs 100   # train longer
     python dcgan_celeba.py --generate 100 --out-dir runs/mine   # after training
     python dcgan_celeba.py --toy --out-dir runs/faces_toy       # with no download
     torchrun --nproc-per-node 2 dcgan_celeba.py --out-dir runs/two   # a process per GPU
@@ -246,11 +246,11 @@ def train(args, device, bf16, data, checkpoint):
     images_per_step = args.batch_size * args.processes
     passes = math.ceil(EPOCH_STEPS * images_per_step / len(data))  # 400 images: 4
     epoch_steps = passes * len(data) // images_per_step  # without the last, shorter one
-    print(f"An epoch is {epoch_steps} updates: each image {passes} times.")
+    print(f"An epoch is {epoch_steps} updates: each image {passes} times on average.")
     step = len(history) * epoch_steps
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
-        # The same when resumed; another one in each process.
+        # The seed is the same when the run is resumed, and differs between processes.
         torch.manual_seed(args.rank * 1_000_000 + args.seed * 10_000 + epoch)
         results = []
         order = torch.randperm(passes * len(data)) % len(data)  # each so many times
@@ -552,7 +552,7 @@ def check_copies(args, fake, real, data):
 
     The ratio: the median distance from a fake to its nearest training image, over the
     same from real ones to the nearest other. Near 1: new images. Towards 0: copies.
-    They are compared as thumbnails, as they are and mirrored.
+    They are compared as thumbnails, as they are and mirrored, so look at the grid, too.
     """
     small = torch.cat(  # all at once and in full size would not fit into the memory
         [
@@ -623,7 +623,9 @@ def parse_args(**settings):
     parser = argparse.ArgumentParser()
     flag = parser.add_argument
     source = parser.add_mutually_exclusive_group().add_argument
-    source("--images", type=os.path.realpath, help="folder of your own images (CelebA)")
+    source(
+        "--images", type=os.path.realpath, help="your own images' folder (else: CelebA)"
+    )
     flag(
         "--image-size",
         type=int,
@@ -632,16 +634,25 @@ def parse_args(**settings):
         help="width and height (%(default)s)",
     )
     flag("--no-flip", action="store_true", help="mirror no image (text, logos)")
-    flag("--epochs", type=positive, help="each at least 100 updates (50; toy 5)")
+    flag("--epochs", type=positive, help="of at least 100 updates each (50; toy 5)")
     flag(
         "--batch-size", type=positive, help="images per step and process (64, few: 16)"
     )
     flag("--lr", type=float, help="first learning rate (4e-4; toy 1e-3)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")
-    flag("--sample-every", type=positive, default=1, help="epochs a grid (%(default)s)")
+    flag(
+        "--sample-every",
+        type=positive,
+        default=1,
+        help="save a grid every so many epochs (%(default)s)",
+    )
     flag("--data-dir", default="data", help="where images are or go (%(default)s)")
-    flag("--out-dir", default=f"runs/{Path(__file__).stem}", help="files (%(default)s)")
+    flag(
+        "--out-dir",
+        default=f"runs/{Path(__file__).stem}",
+        help="where results go (%(default)s)",
+    )
     flag("--limit", type=positive, help="use only so many images (all)")
     source("--toy", action="store_true", help="learn synthetic faces, with no download")
     flag("--seed", type=int, default=0, help="random seed (%(default)s)")

@@ -359,7 +359,7 @@ def draw_letters(count):
 
 def save_checkpoint(args, modules, history):
     """Writes models/: the checkpoint, and both networks by themselves for later use."""
-    not_saved = ("out_dir", "data_dir", "device", "resume", "generate")
+    not_saved = "out_dir data_dir device resume generate".split()
     settings = {
         name: value for name, value in vars(args).items() if name not in not_saved
     }
@@ -492,9 +492,18 @@ def parse_args(**settings):
     flag("--lr", type=float, default=1e-3, help="first learning rate (%(default)s)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")
-    flag("--sample-every", type=positive, default=1, help="epochs a grid (%(default)s)")
+    flag(
+        "--sample-every",
+        type=positive,
+        default=1,
+        help="save a grid every so many epochs (%(default)s)",
+    )
     flag("--data-dir", default="data", help="where images are or go (%(default)s)")
-    flag("--out-dir", default=f"runs/{Path(__file__).stem}", help="files (%(default)s)")
+    flag(
+        "--out-dir",
+        default=f"runs/{Path(__file__).stem}",
+        help="where results go (%(default)s)",
+    )
     flag("--limit", type=positive, help="use only so many images (all)")
     flag("--toy", action="store_true", help="learn synthetic letters, with no download")
     flag("--seed", type=int, default=0, help="random seed (%(default)s)")

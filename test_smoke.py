@@ -236,6 +236,8 @@ class RunTests:
                 for key in "loss_d loss_g acc_real acc_fake fool_rate coverage".split():
                     digits = 3 if key.startswith("loss") else 2
                     assert f"  {key} {float(row[key]):.{digits}f}  " in line
+                images = float(row["seconds"]) * float(row["images_per_s"])
+                assert round(images) == 6 * 32
 
     def test_a_run_stopped_by_ctrl_c_ends_as_if_it_had_not_been(self):
         self.quick.stop()
