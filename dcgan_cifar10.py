@@ -392,9 +392,7 @@ def load_checkpoint(path):
                     f"This run has --{name.replace('_', '-')} {settings[name]}, which "
                     "stays: leave it out, or start a new run in another --out-dir."
                 )
-        print(
-            f"{len(checkpoint['history'])} epochs are done; --epochs is {args.epochs}."
-        )
+        print(f"The run has done {len(checkpoint['history'])} of {args.epochs} epochs.")
         return checkpoint, args
     except Exception as error:  # torch raises many types
         sys.exit(

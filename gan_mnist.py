@@ -151,8 +151,8 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=False, bf16=F
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z)
-        # Two calls: BatchNorm (in ConvDiscriminator) normalises by batch; in a mixed
-        # one, fakes would get other logits than in (2), where D sees them alone.
+        # Two calls: BatchNorm (in ConvDiscriminator) normalises over all images of a
+        # call. Beside real ones, fakes would get other logits than alone in (2).
         real_logits = discriminator(real)
         # detach() cuts G off: else loss_d.backward() would run on into G, and free the
         # graph that (2) needs to send loss_g through the same fakes.
@@ -191,8 +191,8 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=False, bf16=F
 def r1_penalty(discriminator, real):
     """Returns R1_WEIGHT times the mean of |d logit / d image|^2 over real images.
 
-    In D's loss it flattens D around real images: if D is steep there, fakes overshoot
-    them to and fro (Mescheder et al. 2018). In float32: bfloat16 is too coarse for it.
+    In D's loss it flattens D around real images: where D is steep, fakes leap past the
+    real ones and then back (Mescheder et al. 2018). In float32: bfloat16 is too coarse for it.
     With BatchNorm in D it is only nearly R1: there a logit depends on the whole batch.
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
@@ -400,9 +400,7 @@ def load_checkpoint(path):
                     f"This run has --{name.replace('_', '-')} {settings[name]}, which "
                     "stays: leave it out, or start a new run in another --out-dir."
                 )
-        print(
-            f"{len(checkpoint['history'])} epochs are done; --epochs is {args.epochs}."
-        )
+        print(f"The run has done {len(checkpoint['history'])} of {args.epochs} epochs.")
         return checkpoint, args
     except Exception as error:  # torch raises many types
         sys.exit(
