@@ -1,16 +1,16 @@
 """A DCGAN for faces, or for your own images of any size. Read dcgan_cifar10.py first.
 
-The rules are the same, the networks wider (hence a lower rate), without labels. New:
-- Size (Generator, Discriminator): images are cropped to squares and resized to
-  --image-size: 64, or 32, 128, 256, 512. Each doubling adds a block and takes five
-  times as long: two CPU cores learn from 580 images/s at 32, 120 at 64, 22 at 128.
-- Few images (main, train): fewer than 6,400 come in batches of 16, not 64, and at least
-  100 batches an epoch. 400 photographs become faces of 64 x 64 in 5 epochs, 80 seconds.
-- Is G copying (check_copies), several GPUs (average_gradients), any files (load_data).
+The rules are the same, the networks wider (hence a lower rate), without labels. New is:
+- Generator and Discriminator grow with --image-size (64; or 32, 128, 256, 512): a block
+  for each doubling. Two CPU cores learn from 580 images/s at 32, 120 at 64, 22 at 128.
+- Fewer than 6,400 images come in batches of 16, not 64, and an epoch is at least 100
+  updates. 400 photographs become faces of 64 x 64 in 5 epochs: 80 seconds on a CPU.
+- load_data() crops and resizes the images of any folder, once, into --data-dir;
+  check_copies() tells whether G copies them; average_gradients() is for several GPUs.
 
 Healthy, after 18 epochs of 23,707 photographs: loss_d 0.73, loss_g 1.29, acc_real 0.97,
-acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08 (of mere copies: 0).
-Of 400 photographs D learns each by heart (loss_d 0.16), yet G's faces are new: 1.04.
+acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08 (of mere copies: 0). Of
+400 photographs D learns each by heart (loss_d 0.16), yet G's faces are new: 1.04.
 
     python dcgan_celeba.py --epochs 50                          # CelebA, 1.4 GB
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own images
@@ -59,7 +59,7 @@ from common import init_weights, save_grid  # DCGAN's initial weights; a grid of
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
 R1_WEIGHT = 0.8  # 16 x 0.05: rare, so stronger (Karras et al. 2020)
 AVERAGE_DECAY = 0.998  # at most: about 500 steps, see update_average()
-EPOCH_STEPS = 100  # at least: few images are shown several times per epoch
+MIN_EPOCH_STEPS = 100  # few images are shown several times per epoch
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # True: torchrun started this
 
 # ---- networks (the comments are output shapes for 64 x 64, without the batch's N) ----
@@ -244,7 +244,7 @@ def train(args, device, bf16, data, checkpoint):
         save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
 
     images_per_step = args.batch_size * args.processes
-    passes = math.ceil(EPOCH_STEPS * images_per_step / len(data))  # 400 images: 4
+    passes = math.ceil(MIN_EPOCH_STEPS * images_per_step / len(data))  # 400 images: 4
     epoch_steps = passes * len(data) // images_per_step  # without the last, shorter one
     print(f"An epoch is {epoch_steps} updates: each image {passes} times on average.")
     step = len(history) * epoch_steps
@@ -497,7 +497,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings = checkpoint["settings"]
         args = parse_args(**settings)
-        for name in ("image_size", "latent_dim", "beta1", "toy"):
+        for name in "image_size", "latent_dim", "beta1", "toy":
             if vars(args)[name] != settings[name]:
                 sys.exit(
                     f"This run has --{name.replace('_', '-')} {settings[name]}, which "
@@ -536,9 +536,8 @@ def plot_history(history, path):
     right.set_ylim(0, 1)
     for name in list(history[0])[1:7]:
         axes = left if name.startswith("loss") else right
-        axes.plot(
-            range(1, len(history) + 1), [row[name] for row in history], label=name
-        )
+        values = [row[name] for row in history]
+        axes.plot(range(1, len(history) + 1), values, marker=".", label=name)
         axes.set_xlabel("epoch")
         axes.locator_params("x", integer=True)
         axes.legend()
@@ -620,8 +619,7 @@ def parse_args(**settings):
     """Returns the flags; settings, of a checkpoint, take the place of the defaults."""
     parser = argparse.ArgumentParser()
     flag = parser.add_argument
-    source = parser.add_mutually_exclusive_group().add_argument
-    source(
+    flag(
         "--images", type=os.path.realpath, help="your own images' folder (else: CelebA)"
     )
     flag(
@@ -652,7 +650,7 @@ def parse_args(**settings):
         help="where results go (%(default)s)",
     )
     flag("--limit", type=positive, help="use only so many images (all)")
-    source("--toy", action="store_true", help="learn synthetic faces, with no download")
+    flag("--toy", action="store_true", help="learn synthetic faces, with no download")
     flag("--seed", type=int, default=0, help="random seed (%(default)s)")
     flag("--device", help="cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
     flag("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (if native)")
@@ -660,6 +658,8 @@ def parse_args(**settings):
     flag("--generate", type=positive, help="write so many images (others: --seed 1)")
     parser.set_defaults(**settings)
     args = parser.parse_args()
+    if args.toy and args.images:
+        parser.error("--toy and --images exclude each other")
     args.epochs = args.epochs or (5 if args.toy else 50)
     if args.lr is None:
         args.lr = 1e-3 if args.toy else 4e-4

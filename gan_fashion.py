@@ -394,7 +394,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings = checkpoint["settings"]
         args = parse_args(**settings)
-        for name in ("conditional", "latent_dim", "beta1", "toy"):
+        for name in "conditional", "latent_dim", "beta1", "toy":
             if vars(args)[name] != settings[name]:
                 sys.exit(
                     f"This run has --{name.replace('_', '-')} {settings[name]}, which "
@@ -435,9 +435,8 @@ def plot_history(history, path):
     right.set_ylim(0, 1)
     for name in list(history[0])[1:7]:
         axes = left if name.startswith("loss") else right
-        axes.plot(
-            range(1, len(history) + 1), [row[name] for row in history], label=name
-        )
+        values = [row[name] for row in history]
+        axes.plot(range(1, len(history) + 1), values, marker=".", label=name)
         axes.set_xlabel("epoch")
         axes.locator_params("x", integer=True)
         axes.legend()

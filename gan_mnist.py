@@ -192,7 +192,7 @@ def r1_penalty(discriminator, real):
     """Returns R1_WEIGHT times the mean of |d logit / d image|^2 over real images.
 
     In D's loss it flattens D around real images: where D is steep, fakes leap past the
-    real ones and then back (Mescheder et al. 2018). In float32: bfloat16 is too coarse for it.
+    real ones and back (Mescheder et al. 2018). In float32: bfloat16 is too coarse.
     With BatchNorm in D it is only nearly R1: there a logit depends on the whole batch.
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
@@ -394,7 +394,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings = checkpoint["settings"]
         args = parse_args(**settings)
-        for name in ("model", "latent_dim", "beta1", "toy"):
+        for name in "model", "latent_dim", "beta1", "toy":
             if vars(args)[name] != settings[name]:
                 sys.exit(
                     f"This run has --{name.replace('_', '-')} {settings[name]}, which "
@@ -433,9 +433,8 @@ def plot_history(history, path):
     right.set_ylim(0, 1)
     for name in list(history[0])[1:7]:
         axes = left if name.startswith("loss") else right
-        axes.plot(
-            range(1, len(history) + 1), [row[name] for row in history], label=name
-        )
+        values = [row[name] for row in history]
+        axes.plot(range(1, len(history) + 1), values, marker=".", label=name)
         axes.set_xlabel("epoch")
         axes.locator_params("x", integer=True)
         axes.legend()

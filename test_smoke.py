@@ -576,7 +576,9 @@ class CelebaTest(RunTests, Folder):
 
     @classmethod
     def setUpClass(cls):
-        patch = mock.patch.object(dcgan_celeba, "EPOCH_STEPS", 1)  # 100 take too long
+        patch = mock.patch.object(
+            dcgan_celeba, "MIN_EPOCH_STEPS", 1
+        )  # 100 take too long
         patch.start()
         cls.addClassCleanup(patch.stop)
         super().setUpClass()
@@ -623,7 +625,7 @@ class CelebaTest(RunTests, Folder):
 
     def test_few_images_are_shown_several_times_per_epoch_in_small_batches(self):
         self.save(20)
-        with mock.patch.object(dcgan_celeba, "EPOCH_STEPS", 5):
+        with mock.patch.object(dcgan_celeba, "MIN_EPOCH_STEPS", 5):
             real, *_ = self.batches(self.train_on_mine, "--no-flip")
         seen = torch.stack(real)
         assert seen.shape == (5, 16, 3, 32, 32)
@@ -793,7 +795,7 @@ class CelebaTest(RunTests, Folder):
         self.save(200)
         code = """
             import os, sys, torch, dcgan_celeba as script
-            script.EPOCH_STEPS, seen, train_step = 1, [], script.train_step
+            script.MIN_EPOCH_STEPS, seen, train_step = 1, [], script.train_step
 
             def record(*args):
                 seen.append([args[4].clone(), args[0][0].weight.detach().clone()])
