@@ -1,18 +1,23 @@
 """A DCGAN for faces, or for your own images of any size. Read dcgan_cifar10.py first.
 
-The rules are the same, the networks wider (hence a lower rate), without labels. New is:
-- Generator and Discriminator grow with --image-size (64; or 32, 128, 256, 512): a block
-  for each doubling. Two CPU cores learn from 580 images/s at 32, 120 at 64, 22 at 128.
-- Fewer than 6,400 images come in batches of 16, not 64, and an epoch is at least 100
-  updates. 400 photographs become faces of 64 x 64 in 5 epochs: 80 seconds on a CPU.
-- load_data() crops and resizes the images of any folder, once, into --data-dir;
-  check_copies() tells whether G copies them; average_gradients() is for several GPUs.
+The rules are the same, without labels, in wider networks that learn at a lower rate.
+This script is for other images, and more of them:
+- Size: Generator and Discriminator grow with --image-size, by a block for each doubling
+  (64; or 32, 128, 256, 512). On two CPU cores an hour is enough for 2,000,000 images
+  of 32 x 32, for 430,000 of 64 x 64, for 79,000 of 128 x 128.
+- Few images: fewer than 6,400 come in batches of 16, not 64, and several times in each
+  epoch, which has at least 100 updates. 400 photographs become faces of 64 x 64 in 5
+  epochs, or 80 seconds on a CPU, and clearer in the 50 epochs of a default run.
+- Any folder: load_data() crops all images to squares, resizes them, and keeps the
+  result in --data-dir. They should show one kind of thing, framed alike.
+- Copies: check_copies() tells whether G only repeats the images that it was shown.
 
-Healthy, after 18 epochs of 23,707 photographs: loss_d 0.73, loss_g 1.29, acc_real 0.97,
-acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08 (of mere copies: 0). Of
-400 photographs D learns each by heart (loss_d 0.16), yet G's faces are new: 1.04.
+Healthy, after 18 epochs of 23,707 photographs of faces: loss_d 0.73, loss_g 1.29,
+acc_real 0.97, acc_fake 0.98, fool_rate 0.02, coverage 0.94. The copy ratio is 1.08; it
+would be near 0 for copies. In a run on 400 photographs D knows each by heart, which
+loss_d 0.16 shows, and yet G's faces are new: copy ratio 1.04.
 
-    python dcgan_celeba.py --epochs 50                          # CelebA, 1.4 GB
+    python dcgan_celeba.py --epochs 50                          # CelebA, on a GPU
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own images
     python dcgan_celeba.py --images FOLDER --out-dir runs/large --image-size 128
     python dcgan_celeba.py --resume --out-dir runs/mine --epochs 100   # train longer
@@ -72,13 +77,13 @@ class Generator(nn.Sequential):
         channels = 8 * size  # 512 at size 64; 1024 at 128. Each block halves them:
         layers = [nn.ConvTranspose2d(latent_dim, channels, 4)]  # 512 x 4 x 4
         while channels > 3:  # 256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32, 3 x 64 x 64
-            fewer = channels // 2 if channels > 64 else 3
+            next_channels = channels // 2 if channels > 64 else 3
             layers += [
                 nn.BatchNorm2d(channels),
                 nn.ReLU(),
-                nn.ConvTranspose2d(channels, fewer, 4, 2, 1),
+                nn.ConvTranspose2d(channels, next_channels, 4, 2, 1),
             ]
-            channels = fewer
+            channels = next_channels
         super().__init__(*layers, nn.Tanh())  # to [-1, 1]
 
     def forward(self, z):
@@ -167,21 +172,6 @@ def r1_penalty(discriminator, real):
     return R1_WEIGHT * grad.square().sum() / len(real)
 
 
-def average_gradients(network):
-    """Gives each process the mean of all processes' gradients, in one message.
-
-    Their weights, the same at first, so stay the same. DistributedDataParallel does it
-    inside backward(), but wraps networks, and all names in their state dicts change.
-    """
-    if TORCHRUN:
-        grads = [weight.grad for weight in network.parameters()]
-        mean = torch.cat([grad.flatten() for grad in grads])
-        distributed.all_reduce(mean)  # the sum
-        mean /= distributed.get_world_size()
-        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
-            grad.copy_(part.view(grad.shape))
-
-
 def update_average(average, generator, step):
     """Moves the average a little towards the generator (Yazici et al. 2019)."""
     decay = min(AVERAGE_DECAY, step / (step + 9))  # soon forgets the untrained weights
@@ -253,7 +243,7 @@ def train(args, device, bf16, data, checkpoint):
         # The seed is the same when the run is resumed, and differs between processes.
         torch.manual_seed(args.rank * 1_000_000 + args.seed * 10_000 + epoch)
         results = []
-        order = torch.randperm(passes * len(data)) % len(data)  # each so many times
+        order = torch.cat([torch.randperm(len(data)) for _ in range(passes)])
         for indices in order.split(args.batch_size)[:epoch_steps]:
             lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
             opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
@@ -327,7 +317,7 @@ def generate(args, device, checkpoint):
         ToPILImage()((image + 1) / 2).save(f"{folder}/{i:05d}.png")
 
 
-# ---- from here on, nothing is about GANs: data, files, flags and main ----------------
+# ---- from here on, only check_copies() is about GANs: data, files, flags and main ----
 
 URL = "https://s3-us-west-1.amazonaws.com/udacity-dlnfd/datasets/celeba.zip"
 MD5 = "00d2c5bc6d35e252742224ab0c1e8fcb"
@@ -351,7 +341,7 @@ class DecodedImages:
 
 def find_celeba(data_dir):
     """Returns the folder of CelebA's images, after download if there is none."""
-    for folder in (f"{data_dir}/celeba", f"{data_dir}/img_align_celeba"):
+    for folder in f"{data_dir}/celeba", f"{data_dir}/img_align_celeba":
         if os.path.isdir(folder):
             return folder
     archive = f"{data_dir}/img_align_celeba.zip"  # put there by hand
@@ -459,10 +449,28 @@ def draw_faces(count, size):
         draw = ImageDraw.Draw(image)
         skin = f"hsl({torch.randint(360, ()).item()}, 60%, 70%)"
         draw.ellipse((12, 4, 52, 60), skin)
-        for box in ((20, 22, 28, 32), (36, 22, 44, 32), (22, 42, 42, 52)):
+        for box in (20, 22, 28, 32), (36, 22, 44, 32), (22, 42, 42, 52):
             draw.ellipse(box, 0)  # eyes and mouth
         images.append(PILToTensor()(vary(image).resize((size, size))))
     return torch.stack(images)
+
+
+# ---- several GPUs --------------------------------------------------------------------
+
+
+def average_gradients(network):
+    """Gives each process the mean of all processes' gradients, in one message.
+
+    Their weights, the same at first, so stay the same. DistributedDataParallel does it
+    inside backward(), but wraps networks, and all names in their state dicts change.
+    """
+    if TORCHRUN:
+        grads = [weight.grad for weight in network.parameters()]
+        mean = torch.cat([grad.flatten() for grad in grads])
+        distributed.all_reduce(mean)  # the sum
+        mean /= distributed.get_world_size()
+        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view(grad.shape))
 
 
 # ---- files ---------------------------------------------------------------------------
