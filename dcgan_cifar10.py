@@ -436,8 +436,8 @@ def plot_history(history, path):
 def save_gif(args):
     """Writes progress.gif from the saved grids. An error is only printed."""
     try:
-        files = sorted(Path(f"{args.out_dir}/images").glob("epoch_*.png"))
-        frames = [Image.open(file) for file in files]
+        folder = Path(f"{args.out_dir}/images")
+        frames = [Image.open(file) for file in sorted(folder.glob("epoch_*.png"))]
         if frames:
             frames[0].save(
                 f"{args.out_dir}/progress.gif",

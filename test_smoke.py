@@ -571,7 +571,7 @@ class CelebaTest(RunTests, Folder):
     flags = f"{RunTests.flags} --image-size 32"
     variants, grids = {"plain": ""}, {"plain": (8, 8)}
     kept = "--image-size 64"
-    bad_flags = "--image-size 100", "--toy --images ."
+    bad_flags = ("--image-size 100",)
     files = f"{RunTests.files} images/nearest.png"
 
     @classmethod
@@ -732,7 +732,7 @@ class CelebaTest(RunTests, Folder):
         assert (max(pages[1:]) - pages[0]) * os.sysconf("SC_PAGE_SIZE") < 100e6
 
     def test_folders_that_cannot_be_learned_from_are_refused_by_name(self):
-        assert f"{self.mine} is missing" in self.train_on_mine(code=1)
+        assert f"{self.mine} is missing" in self.train_on_mine("--toy", code=1)
         self.mine.mkdir()
         (self.mine / "a.heic").touch()
         assert "HEIC" in self.train_on_mine(code=1)
