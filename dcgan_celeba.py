@@ -1,26 +1,20 @@
 """A DCGAN for faces, or for your own images of any size. Read dcgan_cifar10.py first.
 
 The rules are the same, without labels, in wider networks that learn at a lower rate.
-This script is for other images, and more of them:
-- Size: Generator and Discriminator grow with --image-size, by a block for each doubling
-  (64; or 32, 128, 256, 512). Two CPU cores learn from 580 images/s at 32, from 120 at
-  64 and from 22 at 128.
-- Few images: fewer than 6,400 come in batches of 16, not 64, and as often in each epoch
-  as makes 100 updates. 400 photographs become faces of 64 x 64 in 5 epochs, or 80
-  seconds on a CPU, and clearer ones in the 50 epochs of a default run.
-- Any folder: load_data() crops all images to squares, resizes them, and keeps the
-  result in --data-dir. They should show one kind of thing, framed alike.
-- Copies: check_copies() tells whether G only repeats the images that it was shown.
+- Size: G and D grow with --image-size (64; or 32, 128, 256, 512), by a block for each
+  doubling. Two CPU cores learn from 580 images/s at 32, from 120 at 64, from 22 at 128.
+- Fewer than 6,400 images come in batches of 16, not 64, and fewer than 1,600 repeatedly
+  in each epoch, for 100 updates. 400 photographs become faces in 5 epochs, 80 seconds.
+- Also new: check_copies(); several GPUs, average_gradients(); any folder, load_data().
 
 Healthy, at 64 after 18 epochs of 23,707 faces: loss_d 0.73, loss_g 1.29, acc_real 0.97,
-acc_fake 0.98, fool_rate 0.02, coverage 0.94. The copy ratio is 1.08; it would be near 0
-for copies. In a run on 400 photographs D knows each by heart, which loss_d 0.16 shows,
-and yet G's faces are new: copy ratio 1.04.
+acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08 (of copies: near 0). When
+D knows 400 photographs by heart (loss_d 0.16), G's faces are new all the same (1.04).
 
     python dcgan_celeba.py --epochs 50                          # CelebA, on a GPU
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own images
     python dcgan_celeba.py --images FOLDER --out-dir runs/large --image-size 128
-    python dcgan_celeba.py --resume --out-dir runs/mine --epochs 100   # train longer
+    python dcgan_celeba.py --resume --epochs 100 --out-dir runs/mine  # longer
     python dcgan_celeba.py --generate 100 --out-dir runs/mine   # after training
     python dcgan_celeba.py --toy --out-dir runs/faces_toy       # with no download
     torchrun --nproc-per-node 2 dcgan_celeba.py --out-dir runs/two   # a process per GPU
@@ -172,6 +166,20 @@ def r1_penalty(discriminator, real):
     return R1_WEIGHT * grad.square().sum() / len(real)
 
 
+def average_gradients(network):
+    """Gives each process the mean of all processes' gradients, in one message.
+
+    (DistributedDataParallel does it inside backward(), but renames all weights.)
+    """
+    if TORCHRUN:
+        grads = [weight.grad for weight in network.parameters()]
+        mean = torch.cat([grad.flatten() for grad in grads])
+        distributed.all_reduce(mean)  # the sum
+        mean /= distributed.get_world_size()
+        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
+
+
 def update_average(average, generator, step):
     """Moves the average a little towards the generator (Yazici et al. 2019)."""
     decay = min(AVERAGE_DECAY, step / (step + 9))  # soon forgets the untrained weights
@@ -196,6 +204,29 @@ def coverage(real, fake):
 def thumbnails(images):
     """Returns images N x C x H x W as N rows of 8 x 8 pixels, for fast comparisons."""
     return nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
+
+
+def check_copies(args, fake, real, data):
+    """Prints the copy ratio, and saves fakes above their nearest training images.
+
+    The ratio: the median distance from a fake to its nearest training image, over the
+    same from real images to the nearest other one. Near 1: new images. Towards 0:
+    copies. They are compared as thumbnails, also mirrored: look at the grid, too.
+    """
+    parts = torch.arange(len(data)).split(100)  # all at once would not fit into memory
+    small = torch.cat([thumbnails(data[part] / 127.5 - 1) for part in parts])
+    to_fake, to_real = (
+        torch.minimum(
+            torch.cdist(thumbnails(images), small),
+            torch.cdist(thumbnails(images.flip(3)), small),
+        )
+        for images in (fake, real)
+    )
+    nearest = to_fake.min(1)
+    other = to_real.kthvalue(2).values  # 1st: itself
+    pairs = [fake, data[nearest.indices] / 127.5 - 1]
+    save_grid(torch.cat(pairs, 2)[:40], f"{args.out_dir}/images/nearest.png")
+    print(f"copy ratio {nearest.values.median() / other.median():.2f}: nearest.png")
 
 
 def train(args, device, bf16, data, checkpoint):
@@ -228,14 +259,13 @@ def train(args, device, bf16, data, checkpoint):
     count = 64_000 // args.image_size  # 1,000 at 64 x 64; fewer if larger, for memory
     real_images = data[torch.randperm(len(data))[:count]] / 127.5 - 1
     fixed_z = torch.randn(count, args.latent_dim)  # for all epochs
-    if not history and not args.rank:
+    if not history and not args.rank:  # rank: this process's number, from 0
         save_checkpoint(args, modules, history)
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
         save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
 
     images_per_step = args.batch_size * args.processes
-    # 400 images in batches of 16, which are 25, are shown 4 times for 100 updates.
-    passes = math.ceil(MIN_EPOCH_STEPS * images_per_step / len(data))
+    passes = math.ceil(MIN_EPOCH_STEPS * images_per_step / len(data))  # of an epoch
     epoch_steps = passes * len(data) // images_per_step  # without a last, short batch
     print(f"An epoch is {epoch_steps} updates: each image {passes} times on average.")
     step = len(history) * epoch_steps
@@ -297,6 +327,9 @@ def sample(generator, z):
     return torch.cat(parts)
 
 
+# ---- from here on, nothing about GANs is new: generate, data, files, flags and main --
+
+
 def generate(args, device, checkpoint):
     """Writes args.generate images, a grid of others, and a latent walk."""
     generator = Generator(args.latent_dim, args.image_size).to(device)
@@ -318,7 +351,7 @@ def generate(args, device, checkpoint):
         ToPILImage()((image + 1) / 2).save(f"{folder}/{i:05d}.png")
 
 
-# ---- from here on, only check_copies() is about GANs: data, files, flags and main ----
+# ---- data ----------------------------------------------------------------------------
 
 URL = "https://s3-us-west-1.amazonaws.com/udacity-dlnfd/datasets/celeba.zip"
 MD5 = "00d2c5bc6d35e252742224ab0c1e8fcb"
@@ -391,23 +424,20 @@ def load_data(args):
     if args.toy and not args.images:
         return draw_faces(args.limit or 600, size)
     files = find_images(args.images or find_celeba(args.data_dir))[: args.limit]
-    # Another name, so all is decoded again, if a file, the size or decode() changes.
+    # If a file, the size or decode() changes, so does the name: all is decoded again.
     state = [(str(file), file.stat().st_size, file.stat().st_mtime) for file in files]
     key = f"{state} {size} {inspect.getsource(decode)}".encode()
     path = f"{args.data_dir}/decoded_{hashlib.sha256(key).hexdigest()[:16]}"
     if not os.path.exists(path):
         os.makedirs(args.data_dir, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.data_dir) as temporary:
-            with (
-                open(f"{temporary}/images", "wb") as output,
-                ThreadPoolExecutor(4) as pool,
-            ):
+        with tempfile.TemporaryDirectory(dir=args.data_dir) as folder:
+            with open(f"{folder}/images", "wb") as out, ThreadPoolExecutor(4) as pool:
                 for i in range(0, len(files), 200):  # not all at once, for the memory
                     print(f"{i:,} of {len(files):,} decoded", end="\r", flush=True)
-                    output.writelines(
+                    out.writelines(
                         pool.map(try_decode, files[i : i + 200], [size] * 200)
                     )
-            os.replace(f"{temporary}/images", path)
+            os.replace(f"{folder}/images", path)
     return DecodedImages(path, size)
 
 
@@ -455,24 +485,6 @@ def draw_faces(count, size):
             draw.ellipse(box, 0)  # eyes and mouth
         images.append(PILToTensor()(vary(image).resize((size, size))))
     return torch.stack(images)
-
-
-# ---- several GPUs --------------------------------------------------------------------
-
-
-def average_gradients(network):
-    """Gives each process the mean of all processes' gradients, in one message.
-
-    Their weights, the same at first, so stay the same. DistributedDataParallel does it
-    inside backward(), but wraps networks, and all names in their state dicts change.
-    """
-    if TORCHRUN:
-        grads = [weight.grad for weight in network.parameters()]
-        mean = torch.cat([grad.flatten() for grad in grads])
-        distributed.all_reduce(mean)  # the sum
-        mean /= distributed.get_world_size()
-        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
-            grad.copy_(part.view_as(grad))
 
 
 # ---- files ---------------------------------------------------------------------------
@@ -552,33 +564,6 @@ def plot_history(history, path):
         axes.locator_params("x", integer=True)
         axes.legend()
     figure.savefig(path)
-
-
-def check_copies(args, fake, real, data):
-    """Prints the copy ratio, and saves fakes above their nearest training images.
-
-    The ratio: the median distance from a fake to its nearest training image, over the
-    same from real ones to the nearest other. Near 1: new images. Towards 0: copies.
-    They are compared as thumbnails, as they are and mirrored, so look at the grid, too.
-    """
-    small = torch.cat(  # all at once and in full size would not fit into the memory
-        [
-            thumbnails(data[part] / 127.5 - 1)
-            for part in torch.arange(len(data)).split(100)
-        ]
-    )
-    to_fake, to_real = (
-        torch.minimum(
-            torch.cdist(thumbnails(images), small),
-            torch.cdist(thumbnails(images.flip(3)), small),
-        )
-        for images in (fake, real)
-    )
-    nearest = to_fake.min(1)
-    other = to_real.kthvalue(2).values  # 1st: itself
-    pairs = torch.cat([fake, data[nearest.indices] / 127.5 - 1], 2)
-    save_grid(pairs[:40], f"{args.out_dir}/images/nearest.png")
-    print(f"copy ratio {nearest.values.median() / other.median():.2f}: nearest.png")
 
 
 def save_gif(args):
@@ -721,7 +706,7 @@ def explain(error, args):
     if getattr(error, "errno", None) == 30:  # a read-only disk
         reason += ". Name folders that can be written to: --data-dir and --out-dir"
     if Path(f"{args.out_dir}/models/checkpoint.pth").exists() and not args.generate:
-        reason += f'. Resume: python {sys.argv[0]} --resume --out-dir "{args.out_dir}"'
+        reason += f'. Run {sys.argv[0]} again with --resume --out-dir "{args.out_dir}"'
     return f"\n{reason}"
 
 
