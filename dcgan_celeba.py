@@ -4,7 +4,7 @@ The rules are the same, without labels, in wider networks that learn at a lower 
 - Size: G and D grow with --image-size (64; or 32, 128, 256, 512), by a block for each
   doubling. Two CPU cores learn from 580 images/s at 32, from 120 at 64, from 22 at 128.
 - Fewer than 6,400 images come in batches of 16, not 64, and fewer than 1,600 repeatedly
-  in each epoch, for 100 updates. 400 photographs become faces in 5 epochs, 80 seconds.
+  in an epoch, for 100 updates. 5 epochs, 80 seconds, make faces of 400 photographs.
 - Also new: check_copies(); several GPUs, average_gradients(); any folder, load_data().
 
 Healthy, at 64 after 18 epochs of 23,707 faces: loss_d 0.73, loss_g 1.29, acc_real 0.97,
@@ -68,7 +68,7 @@ class Generator(nn.Sequential):
     """Latent vectors N x latent_dim to images N x 3 x size x size in [-1, 1]."""
 
     def __init__(self, latent_dim=100, size=64):
-        channels = 8 * size  # 512 at size 64; 1024 at 128
+        channels = 8 * size  # 512 at size 64: 64, doubled for each halving of 32 x 32
         layers = [nn.ConvTranspose2d(latent_dim, channels, 4)]  # 512 x 4 x 4
         while channels > 64:  # 256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32
             layers += [
@@ -730,12 +730,12 @@ def main():
             generate(args, device, checkpoint)
         else:
             os.makedirs(f"{args.out_dir}/models", exist_ok=True)
-            if not args.rank:  # it decodes, and the others then find its file
+            if not args.rank:  # this process decodes the images,
                 data = load_data(args)
-            if TORCHRUN:  # here they wait for it
+            if TORCHRUN:  # while the others wait here,
                 distributed.init_process_group(timeout=timedelta(days=1))
                 distributed.barrier()
-            if args.rank:  # the others
+            if args.rank:  # and then find them decoded
                 data = load_data(args)
             if len(data) < 6:
                 sys.exit("Fewer than 6 images can be used: name others by --images.")
