@@ -209,7 +209,7 @@ def train(args, device, bf16, data, labels, checkpoint):
     discriminator = Discriminator()
     # A pixel's channels side by side in memory: faster, but risky on a Mac's GPU.
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
-    for network in (generator, discriminator):
+    for network in generator, discriminator:
         network.apply(init_weights).to(device, memory_format=layout)  # rule 5
     average = copy.deepcopy(generator)
     # beta1 is 0.5, not 0.9 (rule 5): old gradients mislead, as the opponent has moved.
