@@ -3,8 +3,8 @@
 The rules are the same, without labels, in wider networks that learn at a lower rate.
 - Size: G and D grow with --image-size (64; or 32, 128, 256, 512), by a block for each
   doubling. Two CPU cores learn from 580 images/s at 32, from 120 at 64, from 22 at 128.
-- Few images: fewer than 6,400 come in batches of 16, not 64; fewer than 1,600 repeatedly
-  in an epoch, for 100 updates. 400 photographs become faces in 5 epochs, 105 seconds.
+- Few images: fewer than 6,400 come in batches of 16, not 64; fewer than 1,600 more than
+  once an epoch, for 100 updates. 400 photographs become faces in 5 epochs, 105 seconds.
 - Also new: check_copies(); several GPUs, average_gradients(); any folder, load_data().
 
 Healthy, at 64 after 25 epochs of 23,707 faces: loss_d 0.77, loss_g 1.23, acc_real 0.97,
