@@ -4,20 +4,16 @@ The rules are the same, without labels, in wider networks that learn at a lower 
 - Size: G and D grow with --image-size (64; or 32, 128, 256, 512), by a block for each
   doubling. Two CPU cores learn from 580 images/s at 32, from 120 at 64, from 22 at 128.
 - Few images: fewer than 6,400 come in batches of 16, not 64; fewer than 1,600 more than
-  once an epoch, for 100 updates. 400 photographs become faces in 5 epochs, 105 seconds.
-- Also new: check_copies(); several GPUs, average_gradients(); any folder, load_data().
-
-Healthy, at 64 after 25 epochs of 23,707 faces: loss_d 0.77, loss_g 1.23, acc_real 0.97,
-acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08 (of copies: near 0). With
-400, D knows each by heart, loss_d 0.165, but the copy ratio is 1.03: G's are new faces.
+  once an epoch, for 100 updates. 400 photographs become faces in 5 epochs of 21 s each.
+- Healthy, at 64 after 25 epochs of 23,707 faces: loss_d 0.77, loss_g 1.23, acc_real
+  0.97, acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08 (check_copies).
+  With 400, D knows each by heart, loss_d 0.165, but G's faces are new: copy ratio 1.03.
 
     python dcgan_celeba.py --epochs 50                          # CelebA, on a GPU
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own images
     python dcgan_celeba.py --images FOLDER --out-dir runs/large --image-size 128
-    python dcgan_celeba.py --resume --epochs 100 --out-dir runs/mine  # longer
     python dcgan_celeba.py --generate 100 --out-dir runs/mine   # after training
     python dcgan_celeba.py --toy --out-dir runs/faces_toy       # with no download
-    torchrun --nproc-per-node 2 dcgan_celeba.py --out-dir runs/two   # a process per GPU
 
 Elsewhere, with the packages below, this file, common.py and models/generator.pth:
 
@@ -59,7 +55,6 @@ R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
 R1_WEIGHT = 0.8  # 16 x 0.05: rare, so stronger (Karras et al. 2020)
 AVERAGE_DECAY = 0.998  # at most: about 500 steps, see update_average()
 MIN_EPOCH_STEPS = 100  # few images are shown several times per epoch
-TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # True: torchrun started this
 
 # ---- networks (the comments are output shapes for 64 x 64, without the batch's N) ----
 
@@ -119,8 +114,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=False, bf16=F
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z)
-        # Two calls: in a mixed batch, BatchNorm would give fakes other logits than in
-        # (2), where D sees them alone.
+        # Two calls: BatchNorm would mix real and fake, and in (2) D sees fakes alone.
         real_logits = discriminator(real)
         # detach() cuts G off: loss_d is not for G, and (2) needs the fakes' graph.
         fake_logits = discriminator(fake.detach())
@@ -166,20 +160,6 @@ def r1_penalty(discriminator, real):
     return R1_WEIGHT * grad.square().sum() / len(real)
 
 
-def average_gradients(network):
-    """Gives each process the mean of all processes' gradients, in one message.
-
-    (DistributedDataParallel does it inside backward(), but renames all weights.)
-    """
-    if TORCHRUN:
-        grads = [weight.grad for weight in network.parameters()]
-        mean = torch.cat([grad.flatten() for grad in grads])
-        distributed.all_reduce(mean)  # the sum
-        mean /= distributed.get_world_size()
-        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
-            grad.copy_(part.view_as(grad))
-
-
 def update_average(average, generator, step):
     """Moves the average a little towards the generator (Yazici et al. 2019)."""
     decay = min(AVERAGE_DECAY, step / (step + 9))  # soon forgets the untrained weights
@@ -210,15 +190,14 @@ def check_copies(args, fake, real, data):
     """Prints the copy ratio, and saves fakes above their nearest training images.
 
     The ratio: the median distance from a fake to its nearest training image, over the
-    same from real images to the nearest other one. Near 1: new images. Towards 0:
-    copies. They are compared as thumbnails, also mirrored: look at the grid, too.
+    same from real images to the nearest other one. Near 1: new; towards 0: copies.
     """
     parts = torch.arange(len(data)).split(100)  # all at once would not fit into memory
     small = torch.cat([thumbnails(data[part] / 127.5 - 1) for part in parts])
     to_fake, to_real = (
         torch.minimum(
             torch.cdist(thumbnails(images), small),
-            torch.cdist(thumbnails(images.flip(3)), small),
+            torch.cdist(thumbnails(images.flip(3)), small),  # mirrored
         )
         for images in (fake, real)
     )
@@ -327,9 +306,6 @@ def sample(generator, z):
     return torch.cat(parts)
 
 
-# ---- from here on, nothing about GANs is new: generate, data, files, flags and main --
-
-
 def generate(args, device, checkpoint):
     """Writes args.generate images, a grid of others, and a latent walk."""
     generator = Generator(args.latent_dim, args.image_size).to(device)
@@ -351,7 +327,7 @@ def generate(args, device, checkpoint):
         ToPILImage()((image + 1) / 2).save(f"{folder}/{i:05d}.png")
 
 
-# ---- data ----------------------------------------------------------------------------
+# ---- from here on, nothing is about GANs: data, several GPUs, files, flags, main -----
 
 URL = "https://s3-us-west-1.amazonaws.com/udacity-dlnfd/datasets/celeba.zip"
 MD5 = "00d2c5bc6d35e252742224ab0c1e8fcb"
@@ -485,6 +461,27 @@ def draw_faces(count, size):
             draw.ellipse(box, 0)  # eyes and mouth
         images.append(PILToTensor()(vary(image).resize((size, size))))
     return torch.stack(images)
+
+
+# ---- several GPUs --------------------------------------------------------------------
+
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # True: torchrun started this
+
+
+def average_gradients(network):
+    """Gives each process the mean of all processes' gradients, in one message.
+
+    There is one process per GPU after  torchrun --nproc-per-node 2 dcgan_celeba.py ...
+    All start with the same weights, which so stay the same. DistributedDataParallel
+    does it inside backward(), but wraps networks, and renames all their weights.
+    """
+    if TORCHRUN:
+        grads = [weight.grad for weight in network.parameters()]
+        mean = torch.cat([grad.flatten() for grad in grads])
+        distributed.all_reduce(mean)  # the sum
+        mean /= distributed.get_world_size()
+        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
 
 
 # ---- files ---------------------------------------------------------------------------

@@ -16,7 +16,7 @@ CPU's sake; the average; R1; and --conditional, which tells G and D an image's c
 
 Healthy, after 50 epochs: loss_d 0.93, loss_g 1.01, acc_real 0.97, acc_fake 0.98,
 fool_rate 0.02, coverage 0.96. D is right on nearly all, but R1 keeps it unsure: p is
-about 0.63 for real images and 0.37 for fakes, and G learns. Had D won, loss_d were 0.
+about 0.63 for real images and 0.37 for fakes, and G learns (loss_d near 0: D has won).
 Coverage with other images in place of fakes: real test images 0.97, the same blurred
 1.00, those of three classes 0.97, of one class 0.86, five over and over 0.03. So it
 shows a complete collapse, and little else.

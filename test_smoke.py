@@ -822,6 +822,7 @@ class CelebaTest(RunTests, Folder):
         assert process.returncode == 0, process.stderr
         epochs = re.findall("^epoch (./.)", process.stdout, re.M)
         assert epochs == ["1/2", "2/2", "3/3"]  # printed once each
+        assert process.stdout.count("An epoch is") == 2
         first, second = load(self.folder / "rank0"), load(self.folder / "rank1")
         assert len(first) == len(second) == 9  # 200 // 64 = 3 steps per epoch
         for (real, weight), (other_real, other_weight) in zip(first, second):
