@@ -645,7 +645,7 @@ def parse_args(**settings):
     flag("--toy", action="store_true", help="learn synthetic faces, with no download")
     flag("--seed", type=int, default=0, help="random seed (%(default)s)")
     flag("--device", help="cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
-    flag("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (if native)")
+    flag("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (some CPUs)")
     flag("--resume", action="store_true", help="continue the run in --out-dir")
     flag("--generate", type=positive, help="write so many images (others: --seed 1)")
     parser.set_defaults(**settings)
@@ -684,9 +684,7 @@ def choose_device(name):
 
 
 def has_bfloat16(device):
-    """Tells whether the device has bfloat16 in hardware; without, float32 is faster."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    """Tells whether bfloat16 is the default: on a CPU that has it, not on a GPU."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11
     return device.type == "cpu" and capabilities.get("avx512_bf16", False)
 
@@ -716,8 +714,8 @@ def main():
         sys.exit(f"{args.out_dir} holds a run: add --resume, or another --out-dir.")
     if args.images and Path(args.out_dir).resolve().is_relative_to(args.images):
         sys.exit("--out-dir must not lie in --images: what is in it would be learned.")
-    if TORCHRUN and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # one GPU per process
+    if TORCHRUN and torch.cuda.is_available() and not args.device:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU per process
     device = choose_device(args.device)
     bf16 = has_bfloat16(device) if args.bf16 is None else args.bf16
     if args.rank:
