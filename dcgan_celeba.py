@@ -4,8 +4,9 @@ The rules are the same, without labels, in wider networks that learn at a lower 
 - Size: G and D have one more block for each doubling of --image-size, from 32 to 512;
   the default is 64. The middle square of each image is used, scaled to that size.
 - Time: an epoch of 23,707 photographs takes two CPU cores 4 minutes at size 64 and 18
-  at 128, an H200 GPU 4 seconds at 64. With fewer than 1,600 images an epoch shows each
-  several times, to make 100 updates: 21 seconds for 400 photographs at 64.
+  at 128, and an H200 GPU 4 seconds at 64.
+- Few images: below 6,400 a batch is 16, not 64. Below 1,600 an epoch shows each image
+  several times, to make 100 updates or more: 21 seconds for 400 photographs at 64.
 - Healthy, after 25 epochs of 23,707 faces: loss_d 0.77, loss_g 1.23, acc_real 0.97,
   acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08 (see check_copies).
 - Results, in --out-dir: images/, losses.png, history.csv, progress.gif and models/.
@@ -64,7 +65,7 @@ class Generator(nn.Sequential):
     """Latent vectors N x latent_dim to images N x 3 x size x size in [-1, 1]."""
 
     def __init__(self, latent_dim=100, size=64):
-        channels = 8 * size  # 512 at size 64; halved with each doubling of 4 x 4
+        channels = 8 * size  # at 4 x 4; each doubling halves them, down to 64
         layers = [nn.ConvTranspose2d(latent_dim, channels, 4)]  # 512 x 4 x 4
         while channels > 64:  # 256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32
             layers += [
@@ -187,6 +188,12 @@ def thumbnails(images):
     return nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
 
 
+def distances(images, small):
+    """Returns the distances N x M of images, mirrored if nearer so, to M thumbnails."""
+    plain = torch.cdist(thumbnails(images), small)
+    return torch.minimum(plain, torch.cdist(thumbnails(images.flip(3)), small))
+
+
 def check_copies(args, fake, real, data):
     """Prints the copy ratio, and saves fakes above their nearest training images.
 
@@ -195,15 +202,8 @@ def check_copies(args, fake, real, data):
     """
     parts = torch.arange(len(data)).split(100)  # all at once would not fit into memory
     small = torch.cat([thumbnails(data[part] / 127.5 - 1) for part in parts])
-    to_fake, to_real = (
-        torch.minimum(
-            torch.cdist(thumbnails(images), small),
-            torch.cdist(thumbnails(images.flip(3)), small),  # mirrored
-        )
-        for images in (fake, real)
-    )
-    nearest = to_fake.min(1)
-    other = to_real.kthvalue(2).values  # 1st: itself
+    nearest = distances(fake, small).min(1)
+    other = distances(real, small).kthvalue(2).values  # 1st: itself
     pairs = [fake, data[nearest.indices] / 127.5 - 1]
     save_grid(torch.cat(pairs, 2)[:40], f"{args.out_dir}/images/nearest.png")
     print(f"copy ratio {nearest.values.median() / other.median():.2f}: see nearest.png")
@@ -553,7 +553,7 @@ def plot_history(history, path):
     left.axhline(1.386, linestyle=":", label="D guesses")
     left.axhline(0.693, linestyle=":")
     right.set_ylim(0, 1)
-    for name in list(history[0])[1:7]:
+    for name in list(history[0])[1:7]:  # not epoch, seconds and images_per_s
         axes = left if name.startswith("loss") else right
         values = [row[name] for row in history]
         axes.plot(range(1, len(history) + 1), values, marker=".", label=name)

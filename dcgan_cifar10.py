@@ -423,7 +423,7 @@ def plot_history(history, path):
     left.axhline(1.386, linestyle=":", label="D guesses")
     left.axhline(0.693, linestyle=":")
     right.set_ylim(0, 1)
-    for name in list(history[0])[1:7]:
+    for name in list(history[0])[1:7]:  # not epoch, seconds and images_per_s
         axes = left if name.startswith("loss") else right
         values = [row[name] for row in history]
         axes.plot(range(1, len(history) + 1), values, marker=".", label=name)
