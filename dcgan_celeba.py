@@ -1,4 +1,4 @@
-"""A DCGAN for faces, or for your own images of any size. Read dcgan_cifar10.py first.
+"""A DCGAN for faces, or for your own folder of images. Read dcgan_cifar10.py first.
 
 The rules are the same, without labels, in wider networks that learn at a lower rate.
 - Size: G and D have one more block for each doubling of --image-size, from 32 to 512;
@@ -126,7 +126,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=False, bf16=F
     loss_d.backward()
     if r1:
         r1_penalty(discriminator, real).backward()  # adds to D's gradients
-    average_gradients(discriminator)  # over all GPUs, if torchrun started several
+    average_gradients(discriminator)  # of all GPUs; does nothing with one
     opt_d.step()
 
     # (2) Update G: minimise -log p(fake).
@@ -198,7 +198,7 @@ def check_copies(args, fake, real, data):
     """Prints the copy ratio, and saves fakes above their nearest training images.
 
     The ratio: the median distance from a fake to its nearest training image, over the
-    same from real images to the nearest other one. Near 1: new; towards 0: copies.
+    same from real images to the nearest other one. Near 1: new; near 0: copies, fog.
     """
     parts = torch.arange(len(data)).split(100)  # all at once would not fit into memory
     small = torch.cat([thumbnails(data[part] / 127.5 - 1) for part in parts])
@@ -245,7 +245,7 @@ def train(args, device, bf16, data, checkpoint):
         save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
 
     images_per_step = args.batch_size * args.processes
-    passes = math.ceil(MIN_EPOCH_STEPS * images_per_step / len(data))  # per epoch
+    passes = math.ceil(MIN_EPOCH_STEPS * images_per_step / len(data))  # 400 images: 4
     epoch_steps = passes * len(data) // images_per_step  # without a last, short batch
     print(f"An epoch is {epoch_steps} updates: each image {passes} times on average.")
     step = len(history) * epoch_steps
@@ -725,17 +725,17 @@ def main():
             generate(args, device, checkpoint)
         else:
             os.makedirs(f"{args.out_dir}/models", exist_ok=True)
-            if not args.rank:  # this process decodes the images,
-                data = load_data(args)
-            if TORCHRUN:  # while the others wait here,
+            if TORCHRUN:
                 distributed.init_process_group(timeout=timedelta(days=1))
-                distributed.barrier()
-            if args.rank:  # and then find them decoded
-                data = load_data(args)
+            if args.rank:
+                distributed.barrier()  # wait until rank 0 has decoded the images
+            data = load_data(args)
+            if TORCHRUN and not args.rank:
+                distributed.barrier()  # let the others go on
             if len(data) < 6:
                 sys.exit("Fewer than 6 images can be used: name others by --images.")
             if not args.batch_size:
-                args.batch_size = 16 if len(data) < 6400 else 64
+                args.batch_size = 16 if len(data) < 6400 else 64  # few: more updates
             print(
                 f"{len(data):,} images of size {args.image_size}, on {args.processes} "
                 f"x {device} in {'bfloat16' if bf16 else 'float32'}"
