@@ -437,7 +437,10 @@ def save_gif(args):
     """Writes progress.gif from the saved grids. An error is only printed."""
     try:
         folder = Path(f"{args.out_dir}/images")
-        frames = [Image.open(file) for file in sorted(folder.glob("epoch_*.png"))]
+        files = sorted(
+            folder.glob("epoch_*.png"), key=lambda file: (len(file.name), file)
+        )
+        frames = [Image.open(file) for file in files]
         if frames:
             frames[0].save(
                 f"{args.out_dir}/progress.gif",

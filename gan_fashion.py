@@ -123,8 +123,7 @@ def train_step(
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z, y)
-        # Two calls: in a mixed batch, BatchNorm would give fakes other logits than in
-        # (2), where D sees them alone.
+        # Two calls: BatchNorm would mix real and fake, and in (2) D sees fakes alone.
         real_logits = discriminator(real, y)
         # detach() cuts G off: loss_d is not for G, and (2) needs the fakes' graph.
         fake_logits = discriminator(fake.detach(), y)
@@ -277,8 +276,9 @@ def train(args, device, bf16, data, labels, held_out, checkpoint):
         save_checkpoint(args, modules, history)  # models/; generator.pth is the average
         print_epoch(args, row)
 
-    data = data.cpu() / 127.5 - 1
-    ratio = copy_ratio(fakes, data, held_out, f"{args.out_dir}/images/nearest.png")
+    ratio = copy_ratio(
+        fakes, data.cpu() / 127.5 - 1, held_out, f"{args.out_dir}/images/nearest.png"
+    )
     print(f"copy ratio {ratio:.2f}: see images/nearest.png")
 
 
@@ -447,7 +447,10 @@ def save_gif(args):
     """Writes progress.gif from the saved grids. An error is only printed."""
     try:
         folder = Path(f"{args.out_dir}/images")
-        frames = [Image.open(file) for file in sorted(folder.glob("epoch_*.png"))]
+        files = sorted(
+            folder.glob("epoch_*.png"), key=lambda file: (len(file.name), file)
+        )
+        frames = [Image.open(file) for file in files]
         if frames:
             frames[0].save(
                 f"{args.out_dir}/progress.gif",
