@@ -7,7 +7,7 @@ New here: labels, which tell G and D an image's class (all are 0 without --condi
 - coverage: the share of 1,000 test images with a fake nearby, see coverage(). With
   training images in place of fakes it is 0.97, with those of five classes 0.66.
 - copy ratio, printed at the end: how far fakes are from training images, see
-  copy_ratio(). Near 1: as far as new images. Well below: copies, or blur.
+  copy_ratio(). Near 1: as far as new images. Well below: copies.
 
                 loss_d  loss_g  acc_real  acc_fake  fool_rate  coverage  copy ratio
     healthy       1.10    0.90      0.83      0.84       0.15      0.98        1.05
@@ -100,7 +100,7 @@ class Discriminator(nn.Sequential):
             nn.Flatten(),  # 3136
             nn.Linear(3136, 256),  # 256
             nn.LeakyReLU(0.2),
-            nn.Linear(256, 10),  # 10: one logit per class
+            nn.Linear(256, 10),  # 10: real or fake, a logit for each class
         )
 
     def forward(self, x, labels):
@@ -196,7 +196,7 @@ def copy_ratio(fake, training, held_out, path):
     """Returns the copy ratio, and saves fakes above their nearest training images.
 
     The ratio: the median distance of fakes from their nearest training image, divided
-    by that of held-out real images. Blur lowers it, too: look at the grid (39 fakes).
+    by that of held-out real images. Slight blur lowers it, too: look at the grid.
     """
     nearest = distances(fake, training).min(1)
     save_grid(torch.cat([fake, training[nearest.indices]], 2)[::26], path)
