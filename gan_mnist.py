@@ -22,7 +22,7 @@ Each -log is a mean binary cross-entropy. The losses do not measure image qualit
 
     python gan_mnist.py --toy --out-dir runs/toy           # 1:08 min, no download
     python gan_mnist.py                                    # 4:26 min on two CPU cores
-    python gan_mnist.py --model conv --out-dir runs/conv   # 7:42 min
+    python gan_mnist.py --model conv --out-dir runs/conv   # 8:02 min
     python gan_mnist.py --resume --out-dir runs/conv       # continue (or --epochs 30)
     python gan_mnist.py --generate 100                     # in runs/gan_mnist/generated
 
