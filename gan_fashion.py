@@ -18,7 +18,7 @@ New here: labels, which tell G and D an image's class (all are 0 without --condi
 Collapsed: D rests in nine of ten steps. Losses look balanced, but coverage tells. D has
 won: with so high a learning rate G cannot keep up. Copies: D knows its 30 images.
 
-    python gan_fashion.py                                          # healthy, 8:28 minutes
+    python gan_fashion.py                                          # healthy, 8:28 min
     python gan_fashion.py --g-steps 10 --epochs 2 --out-dir runs/collapsed
     python gan_fashion.py --lr 0.1 --limit 12800 --epochs 4 --out-dir runs/won
     python gan_fashion.py --limit 30 --batch-size 10 --epochs 1500 --out-dir runs/copies
