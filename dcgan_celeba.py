@@ -189,7 +189,7 @@ def thumbnails(images):
 
 
 def distances(images, small):
-    """Returns the distances N x M of images, mirrored if nearer so, to M thumbnails."""
+    """Returns N x M distances of N images, mirrored if nearer, from M thumbnails."""
     plain = torch.cdist(thumbnails(images), small)
     return torch.minimum(plain, torch.cdist(thumbnails(images.flip(3)), small))
 
@@ -567,7 +567,7 @@ def save_gif(args):
     """Writes progress.gif from the saved grids. An error is only printed."""
     try:
         folder = Path(f"{args.out_dir}/images")
-        files = sorted(
+        files = sorted(  # epoch_1000.png after epoch_999.png
             folder.glob("epoch_*.png"), key=lambda file: (len(file.name), file)
         )
         frames = [Image.open(file) for file in files]

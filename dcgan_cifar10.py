@@ -126,8 +126,7 @@ def train_step(
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z, y)
-        # Two calls: in a mixed batch, BatchNorm would give fakes other logits than in
-        # (2), where D sees them alone.
+        # Two calls: BatchNorm would mix real and fake, and in (2) D sees fakes alone.
         real_logits = discriminator(real, y)
         # detach() cuts G off: loss_d is not for G, and (2) needs the fakes' graph.
         fake_logits = discriminator(fake.detach(), y)
@@ -437,7 +436,7 @@ def save_gif(args):
     """Writes progress.gif from the saved grids. An error is only printed."""
     try:
         folder = Path(f"{args.out_dir}/images")
-        files = sorted(
+        files = sorted(  # epoch_1000.png after epoch_999.png
             folder.glob("epoch_*.png"), key=lambda file: (len(file.name), file)
         )
         frames = [Image.open(file) for file in files]

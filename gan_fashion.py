@@ -447,7 +447,7 @@ def save_gif(args):
     """Writes progress.gif from the saved grids. An error is only printed."""
     try:
         folder = Path(f"{args.out_dir}/images")
-        files = sorted(
+        files = sorted(  # epoch_1000.png after epoch_999.png
             folder.glob("epoch_*.png"), key=lambda file: (len(file.name), file)
         )
         frames = [Image.open(file) for file in files]
