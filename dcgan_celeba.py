@@ -1,17 +1,17 @@
 """A DCGAN for faces, or for your own folder of images. Read dcgan_cifar10.py first.
 
-The rules are the same, without labels, in wider networks that learn at a lower rate.
-- Size: G and D have one more block for each doubling of --image-size, from 32 to 512;
-  the default is 64. The middle square of each image is used, scaled to that size.
-- Time: an epoch of 23,707 photographs takes two CPU cores 4 minutes at size 64 and 18
-  at 128, and an H200 GPU 4 seconds at 64.
-- Few images: below 6,400 a batch is 16, not 64. Below 1,600 an epoch shows each image
-  several times, to make 100 updates or more: 21 seconds for 400 photographs at 64.
-- Healthy, after 25 epochs of 23,707 faces: loss_d 0.77, loss_g 1.23, acc_real 0.97,
+The rules are the same, without labels, in wider networks at a lower learning rate.
+- Size: each doubling of --image-size, from 32 to 512 (64 by default), gives G and D one
+  more block, twice as wide. The middle square of each image is used, scaled.
+- Time, on 23,707 photographs of faces (CelebA has 202,599): an epoch takes two CPU
+  cores 4 minutes at size 64 and 18 at 128, and an H200 GPU 4 seconds at 64.
+- Few images: below 6,400 a batch is 16, not 64, for more updates. Below 1,600 an epoch
+  shows each image several times, for at least 100 updates: 21 seconds at 64, NN at 128.
+  The 50 epochs of 400 photographs end at coverage 0.94 and copy ratio 1.03.
+- Healthy, after --epochs 25 on the 23,707: loss_d 0.77, loss_g 1.23, acc_real 0.97,
   acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08 (see check_copies).
-- Results, in --out-dir: images/, losses.png, history.csv, progress.gif and models/.
 
-    python dcgan_celeba.py --epochs 50                          # CelebA, on a GPU
+    python dcgan_celeba.py --epochs 50                          # CelebA (50: default)
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own images
     python dcgan_celeba.py --images FOLDER --out-dir runs/large --image-size 128
     python dcgan_celeba.py --generate 100 --out-dir runs/mine   # after training
@@ -188,33 +188,34 @@ def thumbnails(images):
     return nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
 
 
-def distances(images, small):
+def distances(images, others):
     """Returns N x M distances of N images, mirrored if nearer, from M thumbnails."""
-    plain = torch.cdist(thumbnails(images), small)
-    return torch.minimum(plain, torch.cdist(thumbnails(images.flip(3)), small))
+    plain = torch.cdist(thumbnails(images), others)
+    return torch.minimum(plain, torch.cdist(thumbnails(images.flip(3)), others))
 
 
 def check_copies(args, fake, real, data):
     """Prints the copy ratio, and saves fakes above their nearest training images.
 
-    The ratio: the median distance from a fake to its nearest training image, over the
-    same from real images to the nearest other one. Near 1: new; near 0: copies, fog.
+    The ratio: the median distance from a fake to its nearest training image, divided by
+    that from a real image to its nearest other. Near 1 fakes are new, near 0 copies.
     """
     parts = torch.arange(len(data)).split(100)  # all at once would not fit into memory
     small = torch.cat([thumbnails(data[part] / 127.5 - 1) for part in parts])
     nearest = distances(fake, small).min(1)
     other = distances(real, small).kthvalue(2).values  # 1st: itself
-    pairs = [fake, data[nearest.indices] / 127.5 - 1]
+    pairs = [fake, data[nearest.indices] / 127.5 - 1]  # one above the other
     save_grid(torch.cat(pairs, 2)[:40], f"{args.out_dir}/images/nearest.png")
     print(f"copy ratio {nearest.values.median() / other.median():.2f}: see nearest.png")
 
 
 def train(args, device, bf16, data, checkpoint):
-    """Trains on data, uint8 N x 3 x size x size, a tensor or what is indexed like one.
+    """Trains on data, uint8 N x 3 x size x size: a tensor or DecodedImages.
 
     checkpoint: dict of a run to resume, or {}. Raises FloatingPointError and OSError.
     """
-    torch.manual_seed(args.seed)  # the same weights in all processes
+    # A process per GPU runs this: see average_gradients(). RANK 0 measures and writes.
+    torch.manual_seed(args.seed)
     generator = Generator(args.latent_dim, args.image_size)
     discriminator = Discriminator(args.image_size)
     # A pixel's channels side by side in memory: faster, but risky on a Mac's GPU.
@@ -239,45 +240,44 @@ def train(args, device, bf16, data, checkpoint):
     count = 64_000 // args.image_size  # 1,000 at 64 x 64; fewer if larger, for memory
     real_images = data[torch.randperm(len(data))[:count]] / 127.5 - 1
     fixed_z = torch.randn(count, args.latent_dim)  # for all epochs
-    if not history and not args.rank:  # rank: this process's number, from 0
+    if not history and RANK == 0:
         save_checkpoint(args, modules, history)
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
         save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
 
-    images_per_step = args.batch_size * args.processes
-    passes = math.ceil(MIN_EPOCH_STEPS * images_per_step / len(data))  # 400 images: 4
-    epoch_steps = passes * len(data) // images_per_step  # without a last, short batch
-    print(f"An epoch is {epoch_steps} updates: each image {passes} times on average.")
+    passes = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))  # 400 by 16s: 4
+    epoch_steps = passes * len(data) // args.batch_size  # without a last, shorter batch
+    print(f"An epoch is {epoch_steps} updates, {passes} x all images.")
+    share = slice(RANK, None, PROCESSES)  # of a batch; without torchrun: all
     step = len(history) * epoch_steps
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
-        # The seed is the same when the run is resumed, and differs between processes.
-        torch.manual_seed(args.rank * 1_000_000 + args.seed * 10_000 + epoch)
+        torch.manual_seed(args.seed * 10_000 + epoch)  # the same when resumed
         results = []
         order = torch.cat([torch.randperm(len(data)) for _ in range(passes)])
         for indices in order.split(args.batch_size)[:epoch_steps]:
             lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
             opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
             r1 = step % R1_INTERVAL == 0  # it is slow: rare but strong will do
-            real = data[indices].to(device, memory_format=layout) / 127.5 - 1
+            real = data[indices[share]].to(device, memory_format=layout) / 127.5 - 1
             if not args.no_flip and torch.rand(1) < 0.5:
                 real = real.flip(3)  # half of the batches mirrored: more data
-            z = torch.randn(args.batch_size, args.latent_dim).to(device)
+            z = torch.randn(args.batch_size, args.latent_dim)[share].to(device)
             results.append(
                 train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16)
             )
             step += 1
             update_average(average, generator, step)
             show_progress(args, step, epoch_steps, start)
-        if args.rank:
-            continue  # only rank 0 measures and writes (without torchrun: this process)
+        if RANK > 0:
+            continue
         fakes = sample(average, fixed_z)  # of the average, as are grids
         row = {"epoch": epoch}
         for name in results[0]:
             row[name] = sum(result[name] for result in results).item() / epoch_steps
         row["coverage"] = coverage(real_images, fakes[: len(real_images)])
         row["seconds"] = time.perf_counter() - start
-        row["images_per_s"] = epoch_steps * images_per_step / row["seconds"]
+        row["images_per_s"] = epoch_steps * args.batch_size / row["seconds"]
         if not math.isfinite(sum(row.values())):
             raise FloatingPointError("A loss is not finite: resume with a smaller --lr")
         history.append(row)
@@ -285,7 +285,7 @@ def train(args, device, bf16, data, checkpoint):
         save_checkpoint(args, modules, history)  # models/; generator.pth is the average
         print_epoch(args, row)
 
-    if not args.rank:
+    if RANK == 0:
         check_copies(args, sample(average, fixed_z[:200]), real_images[:200], data)
 
 
@@ -329,13 +329,14 @@ def generate(args, device, checkpoint):
 
 # ---- from here on, nothing is about GANs: data, several GPUs, files, flags, main -----
 
+# 1.4 GB. torchvision's CelebA class fetches from Google Drive, which often refuses.
 URL = "https://s3-us-west-1.amazonaws.com/udacity-dlnfd/datasets/celeba.zip"
 MD5 = "00d2c5bc6d35e252742224ab0c1e8fcb"
 
 
 @dataclass
 class DecodedImages:
-    """A file of decoded images; data[indices] reads uint8 N x 3 x size x size."""
+    """A file of decoded images: data[indices] reads only these, N x 3 x size x size."""
 
     path: str
     size: int
@@ -400,13 +401,14 @@ def load_data(args):
     if args.toy and not args.images:
         return draw_faces(args.limit or 600, size)
     files = find_images(args.images or find_celeba(args.data_dir))[: args.limit]
-    # If a file, the size or decode() changes, so does the name: all is decoded again.
+    # The decoded file's name is a hash of all that it depends on, the code of decode()
+    # included: if anything changes, all is decoded again, into another file.
     state = [(str(file), file.stat().st_size, file.stat().st_mtime) for file in files]
     key = f"{state} {size} {inspect.getsource(decode)}".encode()
     path = f"{args.data_dir}/decoded_{hashlib.sha256(key).hexdigest()[:16]}"
     if not os.path.exists(path):
         os.makedirs(args.data_dir, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.data_dir) as folder:
+        with tempfile.TemporaryDirectory(dir=args.data_dir) as folder:  # goes on errors
             with open(f"{folder}/images", "wb") as out, ThreadPoolExecutor(4) as pool:
                 for i in range(0, len(files), 200):  # not all at once, for the memory
                     print(f"{i:,} of {len(files):,} decoded", end="\r", flush=True)
@@ -424,7 +426,7 @@ def try_decode(file, size):
     except Exception as error:  # Pillow raises many types
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise  # the memory or the disk failed, and the image may be good
-        print(f"Left out: {str(file)!a}: {error}")
+        print(f"Left out: {str(file)!a}: {error}")  # !a: ASCII, for any terminal
         return b""
 
 
@@ -433,17 +435,19 @@ def decode(file, size):
     with Image.open(file) as image:
         if min(image.size) < 8:
             raise ValueError(f"{image.width} x {image.height} is below 8 x 8")
-        image.draft("RGB", (size, size))  # a JPEG is read at 1/2, 1/4 or 1/8 if it can
+        image.draft("RGB", (size, size))  # a JPEG at 1/2, 1/4, 1/8 if that is enough
         image.load()
         try:
             ImageOps.exif_transpose(image, in_place=True)
         except Exception:
             pass  # damaged EXIF: viewers show the image all the same, unturned
-        if "I" in image.mode:  # 16 bits of grey: 65535 becomes 255
+        if (
+            "I" in image.mode
+        ):  # I, I;16 ...: 16 bits of grey, of which 65535 becomes 255
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         image = ImageOps.fit(image.convert("RGBA"), (size, size))
         white = Image.new("RGB", image.size, "white")
-        white.paste(image, None, image)  # where it is not transparent
+        white.paste(image, mask=image)  # where it is not transparent
         return white.tobytes()
 
 
@@ -466,20 +470,24 @@ def draw_faces(count, size):
 # ---- several GPUs --------------------------------------------------------------------
 
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # True: torchrun started this
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # this process's number, from 0
+PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 
 
 def average_gradients(network):
     """Gives each process the mean of all processes' gradients, in one message.
 
-    There is one process per GPU after  torchrun --nproc-per-node 2 dcgan_celeba.py ...
-    All start with the same weights, which so stay the same. DistributedDataParallel
-    does it inside backward(), but wraps networks, and renames all their weights.
+    torchrun --nproc-per-node 2 dcgan_celeba.py  starts two processes, one per GPU, that
+    run this file side by side, each on its share of every batch. They begin with the
+    same weights, and so keep the same weights. (BatchNorm knows a process's own share
+    alone.) DistributedDataParallel averages inside backward(), but wraps networks, and
+    renames all their weights.
     """
     if TORCHRUN:
         grads = [weight.grad for weight in network.parameters()]
         mean = torch.cat([grad.flatten() for grad in grads])
         distributed.all_reduce(mean)  # the sum
-        mean /= distributed.get_world_size()
+        mean /= PROCESSES
         for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
             grad.copy_(part.view_as(grad))
 
@@ -489,7 +497,7 @@ def average_gradients(network):
 
 def save_checkpoint(args, modules, history):
     """Writes models/: the checkpoint, and both networks by themselves for later use."""
-    not_saved = "out_dir data_dir device resume generate rank processes".split()
+    not_saved = "out_dir data_dir device resume generate".split()
     settings = {
         name: value for name, value in vars(args).items() if name not in not_saved
     }
@@ -627,7 +635,7 @@ def parse_args(**settings):
     flag("--no-flip", action="store_true", help="mirror no image (text, logos)")
     flag("--epochs", type=positive, help="of at least 100 updates each (50; toy 5)")
     flag(
-        "--batch-size", type=positive, help="images per step and process (64, few: 16)"
+        "--batch-size", type=positive, help="images per step (64; if there are few: 16)"
     )
     flag("--lr", type=float, help="first learning rate (4e-4; toy 1e-3)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
@@ -648,7 +656,11 @@ def parse_args(**settings):
     flag("--toy", action="store_true", help="learn synthetic faces, with no download")
     flag("--seed", type=int, default=0, help="random seed (%(default)s)")
     flag("--device", help="cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
-    flag("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (some CPUs)")
+    flag(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="bfloat16 mixed precision (default: on CPUs that have it)",
+    )
     flag("--resume", action="store_true", help="continue the run in --out-dir")
     flag("--generate", type=positive, help="write so many images (others: --seed 1)")
     parser.set_defaults(**settings)
@@ -660,8 +672,6 @@ def parse_args(**settings):
         parser.error(
             f"--lr {args.lr} is not above 0 or --beta1 {args.beta1} not in [0, 1)"
         )
-    args.rank = int(os.environ["RANK"]) if TORCHRUN else 0  # of this process
-    args.processes = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
     return args
 
 
@@ -687,21 +697,21 @@ def choose_device(name):
 
 
 def has_bfloat16(device):
-    """Tells whether bfloat16 is the default: on a CPU that has it, not on a GPU."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11
+    """Tells whether bfloat16 is the default: on CPUs with it (GPUs were slower)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.11
     return device.type == "cpu" and capabilities.get("avx512_bf16", False)
 
 
 def explain(error, args):
     """Returns what to tell the user of an error that is no bug; raises a bug again."""
     reason = str(error) or "Stopped"
-    if "to allocate" in reason:
+    if "to allocate" in reason:  # as torch says of any device
         reason = "Out of memory: use a smaller --batch-size"
     elif "state_dict" in reason:
         reason = "The networks in this script do not fit the checkpoint (edited?)"
     elif not isinstance(error, (KeyboardInterrupt, OSError, FloatingPointError)):
         raise error
-    if getattr(error, "errno", None) == 30:  # a read-only disk
+    if "Read-only" in reason:  # file system, as on Kaggle
         reason += ". Name folders that can be written to: --data-dir and --out-dir"
     if Path(f"{args.out_dir}/models/checkpoint.pth").exists() and not args.generate:
         reason += f'. Run {sys.argv[0]} again with --resume --out-dir "{args.out_dir}"'
@@ -721,7 +731,7 @@ def main():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU per process
     device = choose_device(args.device)
     bf16 = has_bfloat16(device) if args.bf16 is None else args.bf16
-    if args.rank:
+    if RANK:
         sys.stdout = open(os.devnull, "w")  # one process prints
     try:
         if args.generate:
@@ -730,17 +740,18 @@ def main():
             os.makedirs(f"{args.out_dir}/models", exist_ok=True)
             if TORCHRUN:
                 distributed.init_process_group(timeout=timedelta(days=1))
-            if args.rank:
-                distributed.barrier()  # wait until rank 0 has decoded the images
+                if RANK == 0:
+                    load_data(args)  # once, decodes the images for all processes
+                distributed.barrier()  # wait for it, up to a day
             data = load_data(args)
-            if TORCHRUN and not args.rank:
-                distributed.barrier()  # let the others go on
             if len(data) < 6:
                 sys.exit("Fewer than 6 images can be used: name others by --images.")
             if not args.batch_size:
                 args.batch_size = 16 if len(data) < 6400 else 64  # few: more updates
+            if args.batch_size < PROCESSES:
+                sys.exit("--batch-size must be one image or more per process.")
             print(
-                f"{len(data):,} images of size {args.image_size}, on {args.processes} "
+                f"{len(data):,} images of size {args.image_size}, on {PROCESSES} "
                 f"x {device} in {'bfloat16' if bf16 else 'float32'}"
             )
             train(args, device, bf16, data, checkpoint)
@@ -750,7 +761,7 @@ def main():
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(explain(error, args))
     finally:
-        if not args.rank:
+        if RANK == 0 and not args.generate:
             save_gif(args)
 
 

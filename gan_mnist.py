@@ -514,7 +514,11 @@ def parse_args(**settings):
     flag("--toy", action="store_true", help="learn synthetic digits, with no download")
     flag("--seed", type=int, default=0, help="random seed (%(default)s)")
     flag("--device", help="cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
-    flag("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (some CPUs)")
+    flag(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="bfloat16 mixed precision (default: on CPUs that have it)",
+    )
     flag("--resume", action="store_true", help="continue the run in --out-dir")
     flag("--generate", type=positive, help="write so many images (others: --seed 1)")
     parser.set_defaults(**settings)
@@ -551,15 +555,15 @@ def choose_device(name):
 
 
 def has_bfloat16(device):
-    """Tells whether bfloat16 is the default: on a CPU that has it, not on a GPU."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11
+    """Tells whether bfloat16 is the default: on CPUs with it (GPUs were slower)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.11
     return device.type == "cpu" and capabilities.get("avx512_bf16", False)
 
 
 def explain(error, args):
     """Returns what to tell the user of an error that is no bug; raises a bug again."""
     reason = str(error) or "Stopped"
-    if "to allocate" in reason:
+    if "to allocate" in reason:  # as torch says of any device
         reason = "Out of memory: use a smaller --batch-size"
     elif "state_dict" in reason:
         reason = "The networks in this script do not fit the checkpoint (edited?)"
@@ -598,7 +602,8 @@ def main():
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(explain(error, args))
     finally:
-        save_gif(args)
+        if not args.generate:
+            save_gif(args)
 
 
 if __name__ == "__main__":
