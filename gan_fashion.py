@@ -430,8 +430,8 @@ def plot_history(history, path):
     """Plots the losses on the left, and what lies between 0 and 1 on the right."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.axhline(1.386, linestyle=":", label="D guesses")
-    left.axhline(0.693, linestyle=":")
+    left.axhline(1.386, color="grey", label="D guesses: 1.39, 0.69")
+    left.axhline(0.693, color="grey")
     right.set_ylim(0, 1)
     for name in list(history[0])[1:7]:  # not epoch, seconds and images_per_s
         axes = left if name.startswith("loss") else right
@@ -497,7 +497,7 @@ def parse_args(**settings):
     flag("--conditional", action="store_true", help="show G and D an image's class")
     flag("--g-steps", type=positive, default=1, help="updates of G per one of D (1)")
     flag(
-        "--epochs", type=positive, default=12, help="passes over the data (%(default)s)"
+        "--epochs", type=positive, default=10, help="passes over the data (%(default)s)"
     )
     flag(
         "--batch-size", type=positive, default=64, help="images per step (%(default)s)"

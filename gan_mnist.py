@@ -428,8 +428,8 @@ def plot_history(history, path):
     """Plots the losses on the left, and what lies between 0 and 1 on the right."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.axhline(1.386, linestyle=":", label="D guesses")
-    left.axhline(0.693, linestyle=":")
+    left.axhline(1.386, color="grey", label="D guesses: 1.39, 0.69")
+    left.axhline(0.693, color="grey")
     right.set_ylim(0, 1)
     for name in list(history[0])[1:7]:  # not epoch, seconds and images_per_s
         axes = left if name.startswith("loss") else right
