@@ -248,8 +248,8 @@ def train(args, device, bf16, data, labels, checkpoint):
             opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
             r1 = step % R1_INTERVAL == 0  # it is slow: rare but strong will do
             real = data[indices] / 127.5 - 1  # to [-1, 1], like the generator's images
-            if torch.rand(1) < 0.5:
-                real = real.flip(3)  # half of the batches mirrored: more data
+            if step % 2:
+                real = real.flip(3)  # mirrored: more data
             y = labels[indices]
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
             results.append(
@@ -484,9 +484,9 @@ def parse_args(**settings):
     parser = argparse.ArgumentParser()
     flag = parser.add_argument
     flag("--conditional", action="store_true", help="show G and D an image's class")
-    flag("--epochs", type=positive, help="passes over the data (42; toy 12)")
+    flag("--epochs", type=positive, help="passes over the data (50; toy 12)")
     flag(
-        "--batch-size", type=positive, default=32, help="images per step (%(default)s)"
+        "--batch-size", type=positive, default=64, help="images per step (%(default)s)"
     )
     flag("--lr", type=float, default=1e-3, help="first learning rate (%(default)s)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
@@ -513,14 +513,14 @@ def parse_args(**settings):
         help="bfloat16 mixed precision (default: on CPUs that have it)",
     )
     flag("--resume", action="store_true", help="continue the run in --out-dir")
-    flag("--generate", type=positive, help="write so many images (others: --seed 1)")
+    flag("--generate", type=positive, help="write so many images (--seed 1: others)")
     parser.set_defaults(**settings)
     args = parser.parse_args()
     if not args.lr > 0 or not 0 <= args.beta1 < 1:
         parser.error(
             f"--lr {args.lr} is not above 0 or --beta1 {args.beta1} not in [0, 1)"
         )
-    args.epochs = args.epochs or (12 if args.toy else 42)
+    args.epochs = args.epochs or (12 if args.toy else 50)
     return args
 
 

@@ -10,7 +10,7 @@ New here: labels, which tell G and D an image's class (all are 0 without --condi
   copy_ratio(). Near 1: as far as new images. Well below: copies.
 
                 loss_d  loss_g  acc_real  acc_fake  fool_rate  coverage  copy ratio
-    healthy       1.09    0.92      0.82      0.84       0.15      0.97        1.07
+    healthy       1.07    0.94      0.83      0.84       0.14      0.96        1.06
     collapsed     1.39    0.70      0.41      0.58       0.38      0.15        1.51
     D has won     0.56    2.42      0.90      0.92       0.06      0.01        2.15
     copies        0.19    3.50      0.97      1.00       0.00      0.46        0.56
@@ -18,7 +18,7 @@ New here: labels, which tell G and D an image's class (all are 0 without --condi
 Collapsed: D rests in nine of ten steps. Losses look balanced, but coverage tells. D has
 won: with so high a learning rate G cannot keep up. Copies: D knows its 30 images.
 
-    python gan_fashion.py                                          # healthy, 8:28 min
+    python gan_fashion.py                                          # healthy, 6:35 min
     python gan_fashion.py --g-steps 10 --epochs 2 --out-dir runs/collapsed
     python gan_fashion.py --lr 0.1 --limit 12800 --epochs 4 --out-dir runs/won
     python gan_fashion.py --limit 30 --batch-size 10 --epochs 1500 --out-dir runs/copies
@@ -527,7 +527,7 @@ def parse_args(**settings):
         help="bfloat16 mixed precision (default: on CPUs that have it)",
     )
     flag("--resume", action="store_true", help="continue the run in --out-dir")
-    flag("--generate", type=positive, help="write so many images (others: --seed 1)")
+    flag("--generate", type=positive, help="write so many images (--seed 1: others)")
     parser.set_defaults(**settings)
     args = parser.parse_args()
     if not args.lr > 0 or not 0 <= args.beta1 < 1:

@@ -520,7 +520,7 @@ def parse_args(**settings):
         help="bfloat16 mixed precision (default: on CPUs that have it)",
     )
     flag("--resume", action="store_true", help="continue the run in --out-dir")
-    flag("--generate", type=positive, help="write so many images (others: --seed 1)")
+    flag("--generate", type=positive, help="write so many images (--seed 1: others)")
     parser.set_defaults(**settings)
     args = parser.parse_args()
     if not args.lr > 0 or not 0 <= args.beta1 < 1:
