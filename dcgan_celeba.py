@@ -55,7 +55,7 @@ from common import init_weights, save_grid  # DCGAN's initial weights; a grid of
 
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
 R1_WEIGHT = 0.8  # 16 x 0.05: rare, so stronger (Karras et al. 2020)
-AVERAGE_DECAY = 0.998  # at most: about 500 steps, see update_average()
+AVERAGE_DECAY = 0.998  # averages over 500 steps or fewer, see update_average()
 MIN_EPOCH_STEPS = 100  # few images are shown several times per epoch
 
 # ---- networks (the comments are output shapes for 64 x 64, without the batch's N) ----
@@ -157,7 +157,7 @@ def r1_penalty(discriminator, real):
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
     logits = discriminator(real)
-    # Row i: d(sum of logits) / d(image i). create_graph: to differentiate it again.
+    # Of the sum, row i is logit i's gradient. create_graph: to differentiate it again.
     (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return R1_WEIGHT * grad.square().sum() / len(real)
 
@@ -168,7 +168,7 @@ def update_average(average, generator, step):
     new = generator.state_dict()
     for name, value in average.state_dict().items():  # changed in place
         if value.is_floating_point():  # not BatchNorm's counter
-            value.lerp_(new[name], 1 - decay)
+            value.lerp_(new[name], 1 - decay)  # decay x value + (1 - decay) x new
 
 
 def coverage(real, fake):
@@ -239,7 +239,7 @@ def train(args, device, bf16, data, checkpoint):
             modules[name].load_state_dict(checkpoint[name])
     count = 64_000 // args.image_size  # 1,000 at 64 x 64; fewer if larger, for memory
     real_images = data[torch.randperm(len(data))[:count]] / 127.5 - 1
-    fixed_z = torch.randn(count, args.latent_dim)  # for all epochs
+    fixed_z = torch.randn(count, args.latent_dim)  # the same for all epochs
     if not history and RANK == 0:
         save_checkpoint(args, modules, history)
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")

@@ -58,7 +58,7 @@ from common import init_weights, save_grid  # DCGAN's initial weights; a grid of
 
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
 R1_WEIGHT = 0.8  # 16 x 0.05: rare, so stronger (Karras et al. 2020)
-AVERAGE_DECAY = 0.998  # at most: about 500 steps, see update_average()
+AVERAGE_DECAY = 0.998  # averages over 500 steps or fewer, see update_average()
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 LETTERS = "AHIMOTUVWX"  # the classes of --toy
 
@@ -107,7 +107,8 @@ class Discriminator(nn.Sequential):
         )
 
     def forward(self, x, labels):
-        # The label picks the logit of its class; without --conditional, the first.
+        # Label k picks logit k, which sees real images of class k alone: so fakes with
+        # label k must look like them. (Without --conditional it is always logit 0.)
         return super().forward(x).gather(1, labels[:, None])
 
 
@@ -119,8 +120,8 @@ def train_step(
 ):
     """Updates D once, then G once, and returns a dict of scalar tensors.
 
-    real: images N x 3 x 32 x 32 in [-1, 1]; y: labels N of real and fake images; z:
-    latent vectors N x latent_dim; r1 adds the R1 penalty; bf16: mixed precision.
+    real: images N x 3 x 32 x 32 in [-1, 1]; y: their labels N, which the fakes get too;
+    z: latent vectors N x latent_dim; r1 adds the R1 penalty; bf16: mixed precision.
     """
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
@@ -168,7 +169,7 @@ def r1_penalty(discriminator, real, y):
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
     logits = discriminator(real, y[::2])
-    # Row i: d(sum of logits) / d(image i). create_graph: to differentiate it again.
+    # Of the sum, row i is logit i's gradient. create_graph: to differentiate it again.
     (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return R1_WEIGHT * grad.square().sum() / len(real)
 
@@ -179,7 +180,7 @@ def update_average(average, generator, step):
     new = generator.state_dict()
     for name, value in average.state_dict().items():  # changed in place
         if value.is_floating_point():  # not BatchNorm's counter
-            value.lerp_(new[name], 1 - decay)
+            value.lerp_(new[name], 1 - decay)  # decay x value + (1 - decay) x new
 
 
 def coverage(real, fake):
@@ -201,7 +202,7 @@ def train(args, device, bf16, data, labels, checkpoint):
     """
     torch.manual_seed(args.seed)
     real_images = data[torch.randperm(len(data))[:1000]] / 127.5 - 1
-    fixed_z = torch.randn(1000, args.latent_dim)  # for all epochs
+    fixed_z = torch.randn(1000, args.latent_dim)  # the same for all epochs
     # Without --conditional all labels become 0 (x False), so that they tell nothing.
     fixed_labels = torch.arange(1000) // 8 % 10 * args.conditional  # 8 per class
     generator = Generator(args.latent_dim)
@@ -229,9 +230,8 @@ def train(args, device, bf16, data, labels, checkpoint):
     shown = 80 if args.conditional else 64  # in a grid of 8 columns
     if not history:
         save_checkpoint(args, modules, history)
-        rows = [data[labels == k][:8] for k in range(10)]  # short ones: padded black
-        real = nn.utils.rnn.pad_sequence(rows, batch_first=True) / 127.5 - 1
-        save_grid(real.flatten(0, 1), f"{args.out_dir}/images/real.png", real.size(1))
+        real = data[labels.argsort()][:: max(1, len(data) // shown)] / 127.5 - 1
+        save_grid(real[:shown], f"{args.out_dir}/images/real.png")
         save_grid(fakes[:shown], f"{args.out_dir}/images/epoch_000.png")
 
     epoch_steps = len(data) // args.batch_size  # without the last, shorter batch
@@ -278,7 +278,7 @@ def train(args, device, bf16, data, labels, checkpoint):
 
 @torch.no_grad()
 def sample(generator, z, labels):
-    """Returns images N x 3 x 32 x 32 in [-1, 1], on the CPU, for z and labels of N.
+    """Returns images N x 3 x 32 x 32 in [-1, 1], on the CPU, for N z and N labels.
 
     In evaluation mode BatchNorm uses its running statistics; in training mode an image
     would depend on the others in its batch. Afterwards the mode is as it was.
@@ -292,7 +292,7 @@ def sample(generator, z, labels):
 
 
 def generate(args, device, checkpoint):
-    """Writes args.generate images, class by class in turn, a grid and a latent walk."""
+    """Writes args.generate images (of each class in turn), a grid and a latent walk."""
     generator = Generator(args.latent_dim).to(device)
     generator.load_state_dict(checkpoint["average"])
     folder = f"{args.out_dir}/generated"

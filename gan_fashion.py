@@ -1,13 +1,11 @@
 """A GAN that draws clothes, and how to watch one (read gan_mnist.py first).
 
 New here: labels, which tell G and D an image's class (all are 0 without --conditional);
---g-steps; copy ratio; beta2; no dropout. These numbers tell more than the losses:
-- acc_real, acc_fake: D's accuracy on real images, on fakes. fool_rate: share of fakes
-  that fool the updated D.
+--g-steps, the updates of G per update of D; and numbers that tell more than the losses:
 - coverage: the share of 1,000 test images with a fake nearby, see coverage(). With
   training images in place of fakes it is 0.97, with those of five classes 0.66.
 - copy ratio, printed at the end: how far fakes are from training images, see
-  copy_ratio(). Near 1: as far as new images. Well below: copies.
+  copy_ratio(). Near 1: as far as new images. Well below: copies. Above: like nothing.
 
                 loss_d  loss_g  acc_real  acc_fake  fool_rate  coverage  copy ratio
     healthy       1.07    0.94      0.83      0.84       0.14      0.96        1.06
@@ -15,10 +13,11 @@ New here: labels, which tell G and D an image's class (all are 0 without --condi
     D has won     0.56    2.42      0.90      0.92       0.06      0.01        2.15
     copies        0.19    3.50      0.97      1.00       0.00      0.46        0.56
 
-Collapsed: D rests in nine of ten steps. Losses look balanced, but coverage tells. D has
-won: with so high a learning rate G cannot keep up. Copies: D knows its 30 images.
+Collapsed: while D rests, all fakes run to what it likes; only coverage tells. D has
+won: at so high a learning rate G cannot follow. Copies: D knows its 30 images by heart,
+wins by the numbers, and drives G to them; only the copy ratio tells.
 
-    python gan_fashion.py                                          # healthy, 6:35 min
+    python gan_fashion.py                                          # 6:35 min, two cores
     python gan_fashion.py --g-steps 10 --epochs 2 --out-dir runs/collapsed
     python gan_fashion.py --lr 0.1 --limit 12800 --epochs 4 --out-dir runs/won
     python gan_fashion.py --limit 30 --batch-size 10 --epochs 1500 --out-dir runs/copies
@@ -56,8 +55,8 @@ from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 from common import init_weights, save_grid  # DCGAN's initial weights; a grid of images
 
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
-R1_WEIGHT = 4.0  # 16 x 0.25, which makes up for it (Karras et al. 2020)
-AVERAGE_DECAY = 0.998  # at most: about 500 steps, see update_average()
+R1_WEIGHT = 4.0  # 16 x 0.25: rare, so stronger (Karras et al. 2020)
+AVERAGE_DECAY = 0.998  # averages over 500 steps or fewer, see update_average()
 CLASSES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
 
 # ---- networks (the comments are output shapes, without the batch's N) ----------------
@@ -104,7 +103,8 @@ class Discriminator(nn.Sequential):
         )
 
     def forward(self, x, labels):
-        # The label picks the logit of its class; without --conditional, the first.
+        # Label k picks logit k, which sees real images of class k alone: so fakes with
+        # label k must look like them. (Without --conditional it is always logit 0.)
         return super().forward(x).gather(1, labels[:, None])
 
 
@@ -116,8 +116,8 @@ def train_step(
 ):
     """Updates D, or not if opt_d is None, then G; returns a dict of scalar tensors.
 
-    real: images N x 1 x 28 x 28 in [-1, 1]; y: labels N of real and fake images; z:
-    latent vectors N x latent_dim; r1 adds the R1 penalty; bf16: mixed precision.
+    real: images N x 1 x 28 x 28 in [-1, 1]; y: their labels N, which the fakes get too;
+    z: latent vectors N x latent_dim; r1 adds the R1 penalty; bf16: mixed precision.
     """
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
@@ -163,7 +163,7 @@ def r1_penalty(discriminator, real, y):
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
     logits = discriminator(real, y[::2])
-    # Row i: d(sum of logits) / d(image i). create_graph: to differentiate it again.
+    # Of the sum, row i is logit i's gradient. create_graph: to differentiate it again.
     (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return R1_WEIGHT * grad.square().sum() / len(real)
 
@@ -174,7 +174,7 @@ def update_average(average, generator, step):
     new = generator.state_dict()
     for name, value in average.state_dict().items():  # changed in place
         if value.is_floating_point():  # not BatchNorm's counter
-            value.lerp_(new[name], 1 - decay)
+            value.lerp_(new[name], 1 - decay)  # decay x value + (1 - decay) x new
 
 
 def distances(images, others):
@@ -186,7 +186,7 @@ def coverage(real, fake):
     """Returns the share of the real images that the fakes cover, in [0, 1].
 
     A real image is covered if a fake is closer to it than its own 5th nearest real one
-    (Naeem et al. 2020). Both are N x C x H x W. By pixels, blur scores well.
+    (Naeem et al. 2020). Both are N x C x H x W, compared by pixels: blur scores well.
     """
     radius = distances(real, real).kthvalue(6).values  # 1st: itself
     return (distances(real, fake).amin(1) < radius).float().mean().item()
@@ -196,10 +196,10 @@ def copy_ratio(fake, training, held_out, path):
     """Returns the copy ratio, and saves fakes above their nearest training images.
 
     The ratio: the median distance of fakes from their nearest training image, divided
-    by that of held-out real images. Slight blur lowers it, too: look at the grid.
+    by that of held-out real images. Slight blur also lowers it: look at the grid.
     """
     nearest = distances(fake, training).min(1)
-    save_grid(torch.cat([fake, training[nearest.indices]], 2)[::26], path)
+    save_grid(torch.cat([fake, training[nearest.indices]], 2)[::26], path)  # 39 pairs
     return nearest.values.median() / distances(held_out, training).amin(1).median()
 
 
@@ -210,13 +210,14 @@ def train(args, device, bf16, data, labels, held_out, checkpoint):
     checkpoint: dict of a run to resume, or {}. Raises FloatingPointError and OSError.
     """
     torch.manual_seed(args.seed)
-    fixed_z = torch.randn(1000, args.latent_dim)  # for all epochs
+    fixed_z = torch.randn(1000, args.latent_dim)  # the same for all epochs
     # Without --conditional all labels become 0 (x False), so that they tell nothing.
-    fixed_labels = torch.arange(1000) // 10 % 10 * args.conditional
+    fixed_labels = torch.arange(1000) // 10 % 10 * args.conditional  # ten per class
     generator = Generator(args.latent_dim).apply(init_weights).to(device)
     discriminator = Discriminator().apply(init_weights).to(device)
     average = copy.deepcopy(generator)
-    # Betas 0.5 and 0.9, not 0.9 and 0.999: old gradients mislead in a moving game.
+    # Betas 0.5 and 0.9, not 0.9 and 0.999: old gradients mislead, as the opponent has
+    # moved. (For digits 0.999 did as well as 0.9; here images were worse.)
     opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.9), fused=True)
     opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.9), fused=True)
     modules = {
@@ -231,13 +232,12 @@ def train(args, device, bf16, data, labels, held_out, checkpoint):
         for name in modules:
             modules[name].load_state_dict(checkpoint[name])
     fakes = sample(average, fixed_z, fixed_labels)
-    n = args.columns**2  # images in a grid
+    shown = args.columns**2  # 81 in a grid, or 100 with --conditional
     if not history:
         save_checkpoint(args, modules, history)
-        rows = [data[labels == k][:10] for k in range(10)]  # short ones: padded black
-        real = nn.utils.rnn.pad_sequence(rows, batch_first=True) / 127.5 - 1
-        save_grid(real.flatten(0, 1), f"{args.out_dir}/images/real.png", real.size(1))
-        save_grid(fakes[:n], f"{args.out_dir}/images/epoch_000.png", args.columns)
+        real = data[labels.argsort()][:: max(1, len(data) // shown)] / 127.5 - 1
+        save_grid(real[:shown], f"{args.out_dir}/images/real.png", args.columns)
+        save_grid(fakes[:shown], f"{args.out_dir}/images/epoch_000.png", args.columns)
 
     epoch_steps = len(data) // args.batch_size  # without the last, shorter batch
     step = len(history) * epoch_steps
@@ -252,7 +252,7 @@ def train(args, device, bf16, data, labels, held_out, checkpoint):
             lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
             opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
             opt = opt_d if step % args.g_steps == 0 else None  # None: D rests
-            r1 = step % (R1_INTERVAL * args.g_steps) == 0  # slow: rare but strong
+            r1 = step % (R1_INTERVAL * args.g_steps) == 0  # every 16th update of D
             real = data[indices] / 127.5 - 1  # to [-1, 1], like the generator's images
             y = labels[indices]
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
@@ -272,7 +272,7 @@ def train(args, device, bf16, data, labels, held_out, checkpoint):
         if not math.isfinite(sum(row.values())):
             raise FloatingPointError("A loss is not finite: resume with a smaller --lr")
         history.append(row)
-        save_reports(args, history, fakes[:n])  # images/, losses.png, history.csv
+        save_reports(args, history, fakes[:shown])  # images/, losses.png, history.csv
         save_checkpoint(args, modules, history)  # models/; generator.pth is the average
         print_epoch(args, row)
 
@@ -287,7 +287,7 @@ def train(args, device, bf16, data, labels, held_out, checkpoint):
 
 @torch.no_grad()
 def sample(generator, z, labels):
-    """Returns images N x 1 x 28 x 28 in [-1, 1], on the CPU, for z and labels of N.
+    """Returns images N x 1 x 28 x 28 in [-1, 1], on the CPU, for N z and N labels.
 
     In evaluation mode BatchNorm uses its running statistics; in training mode an image
     would depend on the others in its batch. Afterwards the mode is as it was.
@@ -301,7 +301,7 @@ def sample(generator, z, labels):
 
 
 def generate(args, device, checkpoint):
-    """Writes args.generate images, class by class in turn, a grid and a latent walk."""
+    """Writes args.generate images (of each class in turn), a grid and a latent walk."""
     generator = Generator(args.latent_dim).to(device)
     generator.load_state_dict(checkpoint["average"])
     folder = f"{args.out_dir}/generated"

@@ -15,15 +15,15 @@ fool D. G never sees a real image: it learns by the gradient of D's logit.
 Each -log is a mean binary cross-entropy. The losses do not measure image quality:
 - Healthy, as the default run ends: loss_d 1.29, loss_g 0.75 (if p = 0.5: 1.39, 0.69),
   acc_real and acc_fake (D is right) 0.7, fool_rate (D is wrong on fakes) 0.3, coverage
-  (real images near a fake) 0.98. Real digits as fakes get 0.97; only 0s to 3s, 0.57.
+  (real images near a fake) 0.98. That of other real digits is 0.97, of 0s to 3s 0.57.
 - D has won (try --lr 0.02 --out-dir runs/won): loss_d and fool_rate go to 0, loss_g up,
   both accuracies to 1, and coverage stays near 0 (below 0.1 the epoch's line warns).
-- Mode collapse: G fools D with a few images. Coverage is far below 0.98, at any loss.
+- Mode collapse: a few images fool D. Coverage is far below 0.98, whatever the losses.
 
     python gan_mnist.py --toy --out-dir runs/toy           # 1:08 min, no download
     python gan_mnist.py                                    # 4:26 min on two CPU cores
     python gan_mnist.py --model conv --out-dir runs/conv   # 8:02 min
-    python gan_mnist.py --resume --out-dir runs/conv       # continue (or --epochs 30)
+    python gan_mnist.py --resume --out-dir runs/conv       # go on; longer: --epochs 30
     python gan_mnist.py --generate 100                     # in runs/gan_mnist/generated
 
 Elsewhere, with the packages below, this file, common.py and models/generator.pth:
@@ -56,8 +56,8 @@ from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 from common import init_weights, save_grid  # DCGAN's initial weights; a grid of images
 
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
-R1_WEIGHT = 4.0  # 16 x 0.25, which makes up for it (Karras et al. 2020)
-AVERAGE_DECAY = 0.998  # at most: about 500 steps, see update_average()
+R1_WEIGHT = 4.0  # 16 x 0.25: rare, so stronger (Karras et al. 2020)
+AVERAGE_DECAY = 0.998  # averages over 500 steps or fewer, see update_average()
 
 # ---- networks (the comments are output shapes, without the batch's N) ----------------
 
@@ -151,8 +151,8 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=False, bf16=F
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z)
-        # Two calls: BatchNorm (in ConvDiscriminator) normalises over all images of a
-        # call. Beside real ones, fakes would get other logits than alone in (2).
+        # Two calls, not one for both: BatchNorm (in ConvDiscriminator) normalises over
+        # all images of a call, and in (2) the fakes are alone in theirs, too.
         real_logits = discriminator(real)
         # detach() cuts G off: else loss_d.backward() would run on into G, and free the
         # graph that (2) needs to send loss_g through the same fakes.
@@ -165,11 +165,11 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=False, bf16=F
         r1_penalty(discriminator, real).backward()  # adds to D's gradients
     opt_d.step()
 
-    # (2) Update G: minimise -log p(fake). Of similar images, if R are real and F fake,
-    # the best D says p = R / (R + F). So fakes move to where real ones outnumber them,
-    # at best until R = F and p = 0.5. Why not minimise log(1 - p(fake)), which is
-    # D's term negated? Its slope in the logit is -p: near 0 if D spots the fakes, so a
-    # losing G hardly learns (it saturates). The slope of -log p is p - 1: near -1.
+    # (2) Update G: minimise -log p(fake). Where R images are real and F fake, the best
+    # D says p = R / (R + F), the higher the more are real. So fakes move to where real
+    # ones outnumber them, at best until R = F. Why not minimise log(1 - p(fake)), D's
+    # term negated? If D spots the fakes (p near 0), its slope in the logit, -p, is near
+    # 0, and G hardly learns: it saturates. That of -log p is p - 1, then near -1.
     discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
     with autocast:
         new_fake_logits = discriminator(fake)  # D has changed since (1)
@@ -196,7 +196,7 @@ def r1_penalty(discriminator, real):
     With BatchNorm in D it is only nearly R1: there a logit depends on the whole batch.
     """
     real = real[::2].requires_grad_()  # half of the batch, to save time
-    # Row i: d(sum of logits) / d(image i). create_graph: to differentiate it again.
+    # Of the sum, row i is logit i's gradient. create_graph: to differentiate it again.
     (grad,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
     return R1_WEIGHT * grad.square().sum() / len(real)
 
@@ -211,7 +211,7 @@ def update_average(average, generator, step):
     new = generator.state_dict()
     for name, value in average.state_dict().items():  # changed in place
         if value.is_floating_point():  # not BatchNorm's counter
-            value.lerp_(new[name], 1 - decay)
+            value.lerp_(new[name], 1 - decay)  # decay x value + (1 - decay) x new
 
 
 def coverage(real, fake):
@@ -232,7 +232,7 @@ def train(args, device, bf16, data, checkpoint):
     """
     torch.manual_seed(args.seed)
     real_images = data[torch.randperm(len(data))[:1000]] / 127.5 - 1
-    fixed_z = torch.randn(len(real_images), args.latent_dim)  # for all epochs
+    fixed_z = torch.randn(len(real_images), args.latent_dim)  # the same for all epochs
     generator = GENERATORS[args.model](args.latent_dim).apply(init_weights).to(device)
     discriminator = DISCRIMINATORS[args.model]().apply(init_weights).to(device)
     average = copy.deepcopy(generator)
