@@ -6,8 +6,8 @@ The rules are the same, without labels, in wider networks at a lower learning ra
 - Time, on 23,707 photographs of faces (CelebA has 202,599): an epoch takes two CPU
   cores 4 minutes at size 64 and 18 at 128, and an H200 GPU 4 seconds at 64.
 - Few images: below 6,400 a batch is 16, not 64. Below 1,600 an epoch shows each image
-  several times, for 100 to 199 updates. 100 of them take 21 seconds at 64 and 100 at
-  128. Coverage of 400 photographs after 50 epochs at 64: 0.94, copy ratio 1.03.
+  several times, for 100 to 199 updates. 100 take 21 seconds at 64, 1:40 min at 128.
+  After 50 epochs of 400 photographs at 64: coverage 0.94, copy ratio 1.03.
 - Healthy, after --epochs 25 on the 23,707: loss_d 0.77, loss_g 1.23, acc_real 0.97,
   acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08 (see check_copies).
 
@@ -697,7 +697,7 @@ def choose_device(name):
 
 
 def has_bfloat16(device):
-    """Tells whether bfloat16 is the default: on CPUs with it (GPUs were slower)."""
+    """Tells whether bfloat16 is the default: on CPUs with it (an H200 was slower)."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.11
     return device.type == "cpu" and capabilities.get("avx512_bf16", False)
 

@@ -230,8 +230,8 @@ def train(args, device, bf16, data, labels, checkpoint):
     shown = 80 if args.conditional else 64  # in a grid of 8 columns
     if not history:
         save_checkpoint(args, modules, history)
-        real = data[labels.argsort()][:: max(1, len(data) // shown)] / 127.5 - 1
-        save_grid(real[:shown], f"{args.out_dir}/images/real.png")
+        by_class = data[labels.argsort()[:: max(1, len(data) // shown)]] / 127.5 - 1
+        save_grid(by_class[:shown], f"{args.out_dir}/images/real.png")
         save_grid(fakes[:shown], f"{args.out_dir}/images/epoch_000.png")
 
     epoch_steps = len(data) // args.batch_size  # without the last, shorter batch
@@ -546,7 +546,7 @@ def choose_device(name):
 
 
 def has_bfloat16(device):
-    """Tells whether bfloat16 is the default: on CPUs with it (GPUs were slower)."""
+    """Tells whether bfloat16 is the default: on CPUs with it (an H200 was slower)."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.11
     return device.type == "cpu" and capabilities.get("avx512_bf16", False)
 

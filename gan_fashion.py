@@ -5,7 +5,7 @@ New here: labels, which tell G and D an image's class (all are 0 without --condi
 - coverage: the share of 1,000 test images with a fake nearby, see coverage(). With
   training images in place of fakes it is 0.97, with those of five classes 0.66.
 - copy ratio, printed at the end: how far fakes are from training images, see
-  copy_ratio(). Near 1: as far as new images. Well below: copies. Above: like nothing.
+  copy_ratio(). Near 1: as far as new images. Well below: copies. Above: unlike all.
 
                 loss_d  loss_g  acc_real  acc_fake  fool_rate  coverage  copy ratio
     healthy       1.07    0.94      0.83      0.84       0.14      0.96        1.06
@@ -235,8 +235,8 @@ def train(args, device, bf16, data, labels, held_out, checkpoint):
     shown = args.columns**2  # 81 in a grid, or 100 with --conditional
     if not history:
         save_checkpoint(args, modules, history)
-        real = data[labels.argsort()][:: max(1, len(data) // shown)] / 127.5 - 1
-        save_grid(real[:shown], f"{args.out_dir}/images/real.png", args.columns)
+        by_class = data[labels.argsort()[:: max(1, len(data) // shown)]] / 127.5 - 1
+        save_grid(by_class[:shown], f"{args.out_dir}/images/real.png", args.columns)
         save_grid(fakes[:shown], f"{args.out_dir}/images/epoch_000.png", args.columns)
 
     epoch_steps = len(data) // args.batch_size  # without the last, shorter batch
@@ -560,7 +560,7 @@ def choose_device(name):
 
 
 def has_bfloat16(device):
-    """Tells whether bfloat16 is the default: on CPUs with it (GPUs were slower)."""
+    """Tells whether bfloat16 is the default: on CPUs with it (an H200 was slower)."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.11
     return device.type == "cpu" and capabilities.get("avx512_bf16", False)
 

@@ -555,7 +555,7 @@ def choose_device(name):
 
 
 def has_bfloat16(device):
-    """Tells whether bfloat16 is the default: on CPUs with it (GPUs were slower)."""
+    """Tells whether bfloat16 is the default: on CPUs with it (an H200 was slower)."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.11
     return device.type == "cpu" and capabilities.get("avx512_bf16", False)
 
