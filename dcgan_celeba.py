@@ -485,9 +485,8 @@ def average_gradients(network):
     """
     if TORCHRUN:
         grads = [weight.grad for weight in network.parameters()]
-        mean = torch.cat([grad.flatten() for grad in grads])
-        distributed.all_reduce(mean)  # the sum
-        mean /= PROCESSES
+        mean = torch.cat([grad.flatten() for grad in grads]) / PROCESSES
+        distributed.all_reduce(mean)  # the sum over all processes
         for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
             grad.copy_(part.view_as(grad))
 
@@ -521,7 +520,7 @@ def save(content, path):
 def load_checkpoint(path):
     """Returns the checkpoint and the flags, with its settings in place of defaults."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, "cpu", weights_only=True)
         settings = checkpoint["settings"]
         args = parse_args(**settings)
         for name in "image_size", "latent_dim", "beta1", "toy":
@@ -739,8 +738,11 @@ def main():
         else:
             os.makedirs(f"{args.out_dir}/models", exist_ok=True)
             if TORCHRUN:
-                distributed.init_process_group(timeout=timedelta(days=1))
-                if RANK == 0:
+                distributed.init_process_group(
+                    distributed.get_default_backend_for_device(device),  # NCCL or Gloo
+                    timeout=timedelta(days=1),
+                )
+                if not RANK:
                     load_data(args)  # once, decodes the images for all processes
                 distributed.barrier()  # wait for it, up to a day
             data = load_data(args)
@@ -761,7 +763,7 @@ def main():
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(explain(error, args))
     finally:
-        if RANK == 0 and not args.generate:
+        if not RANK and not args.generate:
             save_gif(args)
 
 
