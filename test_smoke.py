@@ -806,7 +806,7 @@ class CelebaTest(RunTests, Folder):
             script.train_step = record
             script.distributed.destroy_process_group = script.distributed.barrier
             script.main()
-            script.distributed.init_process_group = lambda **_: None
+            script.distributed.init_process_group = lambda *_, **__: None
             sys.argv[1:] = "--resume --epochs 3 --out-dir out --device cpu".split()
             script.main()
             torch.save([*zip(*seen)], "rank" + os.environ["RANK"])
