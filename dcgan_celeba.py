@@ -11,7 +11,7 @@ The rules are the same, without labels, in wider networks at a lower learning ra
 - Healthy, after --epochs 25 on the 23,707: loss_d 0.77, loss_g 1.23, acc_real 0.97,
   acc_fake 0.98, fool_rate 0.02, coverage 0.94, copy ratio 1.08 (see check_copies).
 
-    python dcgan_celeba.py --epochs 50                          # CelebA, for a GPU
+    python dcgan_celeba.py                                      # CelebA, for a GPU
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own images
     python dcgan_celeba.py --images FOLDER --out-dir runs/large --image-size 128
     python dcgan_celeba.py --generate 100 --out-dir runs/mine   # after training

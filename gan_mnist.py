@@ -236,7 +236,7 @@ def train(args, device, bf16, data, checkpoint):
     generator = GENERATORS[args.model](args.latent_dim).apply(init_weights).to(device)
     discriminator = DISCRIMINATORS[args.model]().apply(init_weights).to(device)
     average = copy.deepcopy(generator)
-    # beta1 is 0.5, not 0.9: old gradients mislead, as the opponent has moved since.
+    # beta1 is 0.5 or 0, not 0.9: old gradients mislead, as the opponent has moved.
     opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     modules = {
@@ -391,7 +391,7 @@ def save(content, path):
 def load_checkpoint(path):
     """Returns the checkpoint and the flags, with its settings in place of defaults."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, "cpu", weights_only=True)
         settings = checkpoint["settings"]
         args = parse_args(**settings)
         for name in "model", "latent_dim", "beta1", "toy":
@@ -496,7 +496,7 @@ def parse_args(**settings):
     flag("--epochs", type=positive, help="passes over the data (mlp 50, conv 12)")
     flag("--batch-size", type=positive, help="images per step (256; conv, toy 64)")
     flag("--lr", type=float, default=2e-3, help="first learning rate (%(default)s)")
-    flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
+    flag("--beta1", type=float, help="Adam's beta1 (mlp 0.5, conv 0)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")
     flag(
         "--sample-every",
@@ -523,11 +523,13 @@ def parse_args(**settings):
     flag("--generate", type=positive, help="write so many images (--seed 1: others)")
     parser.set_defaults(**settings)
     args = parser.parse_args()
+    args.epochs = args.epochs or (50 if args.model == "mlp" else 12)
+    if args.beta1 is None:
+        args.beta1 = 0.5 if args.model == "mlp" else 0.0
     if not args.lr > 0 or not 0 <= args.beta1 < 1:
         parser.error(
             f"--lr {args.lr} is not above 0 or --beta1 {args.beta1} not in [0, 1)"
         )
-    args.epochs = args.epochs or (50 if args.model == "mlp" else 12)
     small = args.toy or args.model == "conv"
     args.batch_size = args.batch_size or (64 if small else 256)
     return args
