@@ -520,7 +520,7 @@ def save(content, path):
 def load_checkpoint(path):
     """Returns the checkpoint and the flags, with its settings in place of defaults."""
     try:
-        checkpoint = torch.load(path, "cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings = checkpoint["settings"]
         args = parse_args(**settings)
         for name in "image_size", "latent_dim", "beta1", "toy":
@@ -640,16 +640,11 @@ def parse_args(**settings):
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")
     flag(
-        "--sample-every",
-        type=positive,
-        default=1,
-        help="save a grid every so many epochs (%(default)s)",
+        "--sample-every", type=positive, default=1, help="epochs per grid (%(default)s)"
     )
     flag("--data-dir", default="data", help="where images are or go (%(default)s)")
     flag(
-        "--out-dir",
-        default=f"runs/{Path(__file__).stem}",
-        help="where results go (%(default)s)",
+        "--out-dir", default=f"runs/{Path(__file__).stem}", help="results (%(default)s)"
     )
     flag("--limit", type=positive, help="use only so many images (all)")
     flag("--toy", action="store_true", help="learn synthetic faces, with no download")
