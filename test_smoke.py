@@ -562,7 +562,7 @@ class CifarTest(ClassTests, Folder):
 
     def test_some_batches_are_mirrored(self):
         pixels, labels = random_pixels(64, 32, 32, 3), np.zeros(64, int)
-        real, *_ = self.batches(self.train_on, pixels, labels)
+        real, *_ = self.batches(self.train_on, pixels, labels, "--batch-size 8")
         assert {(x[..., 0] > -1).any().item() for x in real} == {False, True}
 
 
