@@ -9,7 +9,7 @@ New here: labels, which tell G and D an image's class (all are 0 without --condi
 
                 loss_d  loss_g  acc_real  acc_fake  fool_rate  coverage  copy ratio
     healthy       1.15    0.87      0.81      0.82       0.14      0.96        1.04
-    collapsed     1.39    0.70      0.24      0.71       0.27      0.05        1.34
+    collapsed     1.39    0.70      0.10      0.82       0.17      0.10        1.55
     D has won     0.16    3.34      0.99      1.00       0.00      0.02        2.01
     copies        0.21    2.75      1.00      1.00       0.00      0.57        0.47
 
