@@ -1,6 +1,6 @@
 """A DCGAN for faces, or for your own folder of images. Read dcgan_cifar10.py first.
 
-The rules are the same, without labels, in wider networks at a lower learning rate.
+The same rules, without labels; wider networks, a lower learning rate and beta1 0.5.
 - Size: each doubling of --image-size, from 32 to 512 (64 by default), gives G and D one
   more block, and doubles the widest. The middle square of each image is used, scaled.
 - Time, on 23,707 photographs of faces (CelebA has 202,599): an epoch takes two CPU

@@ -236,7 +236,7 @@ def train(args, device, bf16, data, checkpoint):
     generator = GENERATORS[args.model](args.latent_dim).apply(init_weights).to(device)
     discriminator = DISCRIMINATORS[args.model]().apply(init_weights).to(device)
     average = copy.deepcopy(generator)
-    # beta1 is 0.5 or 0, not 0.9: old gradients mislead, as the opponent has moved.
+    # beta1 (mlp 0.5, conv 0) is not 0.9: old gradients mislead, the opponent has moved.
     opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     modules = {
