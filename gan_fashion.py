@@ -367,7 +367,7 @@ def draw_letters(count, seed):
 
 def save_checkpoint(args, modules, history):
     """Writes models/: the checkpoint, and both networks by themselves for later use."""
-    not_saved = "out_dir data_dir device resume generate".split()
+    not_saved = "out_dir device resume generate".split()
     settings = {
         name: value for name, value in vars(args).items() if name not in not_saved
     }

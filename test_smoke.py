@@ -743,12 +743,13 @@ class CelebaTest(RunTests, Folder):
 
     def test_a_run_finds_its_images_again_from_another_folder(self):
         self.save(8)
-        self.addCleanup(os.chdir, os.getcwd())
+        self.addCleanup(os.chdir, HERE)
         os.chdir(self.folder)
         self.mine = Path("mine")
         self.train_on_mine()
-        os.chdir(HERE)
-        assert "epoch 2/2" in self.resume("--epochs 2 --data-dir", self.data)
+        os.chdir(self.out)
+        assert "epoch 2/2" in self.resume("--epochs 2")
+        assert not Path("data").exists()  # --data-dir is as before, too
 
     # -- CelebA
 
