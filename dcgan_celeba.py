@@ -223,7 +223,7 @@ def train(args, device, bf16, data, checkpoint):
     for network in generator, discriminator:
         network.apply(init_weights).to(device, memory_format=layout)
     average = copy.deepcopy(generator)
-    # beta1 is 0.5, not 0.9: old gradients mislead, as the opponent has moved since.
+    # beta1 is 0.5 (0 is no better), not 0.9: old gradients mislead, the opponent moved.
     opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     modules = {
