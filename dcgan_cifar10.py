@@ -127,7 +127,7 @@ def train_step(
     # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
     with autocast:
         fake = generator(z, y)
-        # Two calls: BatchNorm would mix real and fake, and in (2) D sees fakes alone.
+        # In one call BatchNorm would mix real and fake, but in (2) D sees fakes alone.
         real_logits = discriminator(real, y)
         # detach() cuts G off: loss_d is not for G, and (2) needs the fakes' graph.
         fake_logits = discriminator(fake.detach(), y)
@@ -258,7 +258,7 @@ def train(args, device, bf16, data, labels, checkpoint):
             step += 1
             update_average(average, generator, step)
             show_progress(args, step, epoch_steps, start)
-        fakes = sample(average, fixed_z, fixed_labels)  # of the average, as are grids
+        fakes = sample(average, fixed_z, fixed_labels)  # by the average, as in grids
         row = {"epoch": epoch}
         for name in results[0]:
             row[name] = sum(result[name] for result in results).item() / epoch_steps
@@ -439,11 +439,10 @@ def save_gif(args):
         files = sorted(  # epoch_1000.png after epoch_999.png
             folder.glob("epoch_*.png"), key=lambda file: (len(file.name), file)
         )
-        frames = [Image.open(file) for file in files]
-        if frames:
-            frames[0].save(
+        if files:
+            Image.open(files[0]).save(
                 f"{args.out_dir}/progress.gif",
-                append_images=frames[1:],
+                append_images=map(Image.open, files[1:]),  # one is open at a time
                 save_all=True,
                 duration=200,
                 loop=0,

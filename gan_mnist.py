@@ -448,11 +448,10 @@ def save_gif(args):
         files = sorted(  # epoch_1000.png after epoch_999.png
             folder.glob("epoch_*.png"), key=lambda file: (len(file.name), file)
         )
-        frames = [Image.open(file) for file in files]
-        if frames:
-            frames[0].save(
+        if files:
+            Image.open(files[0]).save(
                 f"{args.out_dir}/progress.gif",
-                append_images=frames[1:],
+                append_images=map(Image.open, files[1:]),  # one is open at a time
                 save_all=True,
                 duration=200,
                 loop=0,
