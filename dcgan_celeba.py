@@ -271,7 +271,7 @@ def train(args, device, bf16, data, checkpoint):
             show_progress(args, step, epoch_steps, start)
         if RANK > 0:  # see average_gradients(); process 0 measures and writes
             continue
-        fakes = sample(average, fixed_z)  # by the average, as in grids
+        fakes = sample(average, fixed_z)  # by the average, not by G
         row = {"epoch": epoch}
         for name in results[0]:
             row[name] = sum(result[name] for result in results).item() / epoch_steps

@@ -258,7 +258,7 @@ def train(args, device, bf16, data, labels, checkpoint):
             step += 1
             update_average(average, generator, step)
             show_progress(args, step, epoch_steps, start)
-        fakes = sample(average, fixed_z, fixed_labels)  # by the average, as in grids
+        fakes = sample(average, fixed_z, fixed_labels)  # by the average, not by G
         row = {"epoch": epoch}
         for name in results[0]:
             row[name] = sum(result[name] for result in results).item() / epoch_steps

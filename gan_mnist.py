@@ -275,7 +275,7 @@ def train(args, device, bf16, data, checkpoint):
             step += 1
             update_average(average, generator, step)
             show_progress(args, step, epoch_steps, start)
-        fakes = sample(average, fixed_z)  # grids and coverage are of the average
+        fakes = sample(average, fixed_z)  # by the average, not by G
         row = {"epoch": epoch}
         for name in results[0]:
             row[name] = sum(result[name] for result in results).item() / epoch_steps
