@@ -33,9 +33,10 @@ def save_grid(images, path, columns=8):
 def init_weights(module):
     """Initialises one layer as the DCGAN paper does (Radford et al. 2015, section 4).
 
-    For use as network.apply(init_weights). Weights of linear, convolutional and
-    transposed convolutional layers are drawn from N(0, 0.02), BatchNorm's scales from
-    N(1, 0.02) as in the authors' code, and biases are 0. Other layers are left alone.
+    For use as network.apply(init_weights). The weights of linear, convolutional and
+    transposed convolutional layers are drawn from a normal distribution with mean 0 and
+    std 0.02. BatchNorm's scales are drawn with mean 1 and std 0.02, as in the authors'
+    code. All biases become 0. Other layers are left alone.
     """
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)

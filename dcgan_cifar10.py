@@ -59,6 +59,7 @@ from common import init_weights, save_grid  # DCGAN's initial weights; a grid of
 R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
 R1_WEIGHT = 0.8  # 16 x 0.05: rare, so stronger (Karras et al. 2020)
 AVERAGE_DECAY = 0.998  # averages over 500 steps or fewer, see update_average()
+MIN_EPOCH_STEPS = 100  # few images are repeated to make an epoch of so many updates
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 LETTERS = "AHIMOTUVWX"  # the classes of --toy
 
@@ -234,6 +235,8 @@ def train(args, device, bf16, data, labels, checkpoint):
         save_grid(by_class[:shown], f"{args.out_dir}/images/real.png")
         save_grid(fakes[:shown], f"{args.out_dir}/images/epoch_000.png")
 
+    repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
+    data, labels = data.repeat(repeats, 1, 1, 1), labels.repeat(repeats)
     epoch_steps = len(data) // args.batch_size  # without the last, shorter batch
     step = len(history) * epoch_steps
     data = data.to(device, memory_format=layout)
