@@ -43,7 +43,8 @@ Look at the grids first, then at coverage, then at the copy ratio, at the losses
     python gan_fashion.py --conditional --out-dir runs/classes     # one row per class
     python gan_fashion.py --toy --out-dir runs/fashion_toy         # with no download
 
-To use the trained generator elsewhere, copy this file, common.py and generator.pth:
+To use the averaged generator elsewhere, copy this file, common.py and, from the folder
+models, generator.pth:
 
     import gan_fashion, torch
     generator = gan_fashion.Generator(latent_dim=100)
@@ -123,9 +124,9 @@ class Discriminator(nn.Sequential):
         )
 
     def forward(self, x, labels):
-        # Only the logit of the image's class is used. Logit k is trained to be high for
-        # real images of class k, and low for fakes with label k. So these fakes can
-        # fool D only if they look like class k.
+        # Only the logit of the image's class is used. Logit k sees real images of class
+        # k alone, and fakes with label k. If G draws a shoe for label 3, D finds no
+        # shoes among the real images with label 3, and lowers logit 3 for it.
         return super().forward(x).gather(1, labels[:, None])
 
 
@@ -135,7 +136,7 @@ class Discriminator(nn.Sequential):
 def train_step(
     generator, discriminator, opt_g, opt_d, real, labels, z, train_d=True, r1=False
 ):
-    """Updates D once, then G once. Returns the numbers of the step, without a graph.
+    """Updates D, then G. Returns the numbers of the step, as tensors without a graph.
 
     real: images N x 1 x 28 x 28 in [-1, 1]; z: latent vectors N x latent_dim; labels:
     N, the classes of the real images, or all 0; the fakes get the same labels. With
@@ -175,33 +176,34 @@ def train_step(
 
 
 R1_INTERVAL = 16
-R1_WEIGHT = 4.0
+R1_WEIGHT = 0.25 * R1_INTERVAL
 
 
 def r1_penalty(discriminator, real, labels):
     """Returns R1_WEIGHT times the mean squared length of D's gradient at real images.
 
     R1 (Mescheder et al. 2018) is a second loss for D. It is large if a small change of
-    a real image changes D's logit a lot. Without it, D can make its logit jump from low
-    to high right beside the real images. Just before the jump the logit is almost
-    constant, and there, where the fakes are, its gradient hardly tells G where to go.
-    With R1 the logit cannot jump near real images. It has to change slowly there, so
-    that D is never quite sure, and its gradient leads fakes all the way. In short, R1
-    does not just slow D down, it forces D to give answers from which G can learn.
+    a real image changes D's logit a lot. Without it, D can keep its logit low and
+    almost constant around the fakes, and raise it steeply just before the real images.
+    Where the logit is almost constant, its gradient does not tell G where to go. With
+    R1, D still has to rate real images above fakes. But as its logit must not rise
+    steeply at the real images, it has to rise gradually on the way there, and G can
+    follow. So R1 does not just slow D down. It makes D give answers from which G can
+    learn.
 
     Try it: set R1_WEIGHT to 0 and train again. After 10 epochs loss_d is then 0.43 and
     the fool rate 0.05. With R1 they are 1.15 and 0.14.
 
-    R1 takes time. It is therefore computed at every 16th update of D only, and is made
-    16 times as strong: R1_WEIGHT is 16 * 0.25 (lazy regularization, Karras et al.
-    2020).
+    R1 takes time. So it is computed for half of the batch, at every 16th update of D,
+    and made 16 times as strong (lazy regularization, Karras et al. 2020). It is not
+    quite the R1 of the paper, as D has BatchNorm; see the comment below.
     """
-    half = len(real) // 2  # half of the batch will do, and takes half the time
+    half = len(real) // 2
     real = real[:half].requires_grad_()
     logits = discriminator(real, labels[:half])
-    # If each logit depended on its own image alone, the gradient of their sum would
-    # have in row i the gradient of logit i. BatchNorm in D makes each logit depend on
-    # the whole batch, so what we get is only similar to R1. It helps all the same.
+    # We want the gradient of each logit at its own image. The gradient of the sum of
+    # all logits has just these in its rows, if no image influences the logit of another
+    # one. With BatchNorm images do, so each row also has a part of the other gradients.
     # create_graph=True lets backward() differentiate this gradient once more.
     (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return R1_WEIGHT * gradient.square().sum() / half
@@ -210,9 +212,8 @@ def r1_penalty(discriminator, real, labels):
 def update_average(average, generator, step):
     """Moves each weight of the averaged generator a little towards the generator's."""
     # The average keeps the share `keep` of itself. At first this share is small, so
-    # that the untrained weights are forgotten: the average spans about the last ninth
-    # of all steps. From step 4,500 on it is 0.998, and the average spans about 500
-    # steps.
+    # that the untrained weights are soon forgotten. After n steps the average spans
+    # about the last n / 9 of them, and from step 4,500 on always about the last 500.
     keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
     for name, value in average.state_dict().items():
@@ -235,7 +236,7 @@ def coverage(real, fake):
 
 
 def nearest(images, training):
-    """Returns the distances of images from their nearest training images, and which."""
+    """Returns the distances to the nearest training images, and their indices."""
     return torch.cdist(images.flatten(1), training.flatten(1)).min(1)
 
 
@@ -270,7 +271,7 @@ def train_epoch(
 ):
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
-    torch.manual_seed(args.seed * 10_000 + epoch)  # so that a resumed run repeats it
+    torch.manual_seed(args.seed * 10_000 + epoch)  # the same if resumed
     updates = len(data) // args.batch_size  # a last, shorter batch is left out
     total = args.epochs * updates
     step = (epoch - 1) * updates
@@ -342,25 +343,24 @@ def train(args, device, data, labels, held_out, checkpoint):
         save_grid(by_class, f"{args.out_dir}/images/real.png", columns=10)
         fakes = sample(average, fixed_z, fixed_labels)
         save_square(args, fakes, f"{args.out_dir}/images/epoch_000.png")
-    training = data
-    # An epoch shows each image once. But few images are repeated, as often as it takes
-    # to make an epoch of at least MIN_EPOCH_STEPS updates.
+    # An epoch shows each image once. If that makes fewer than MIN_EPOCH_STEPS updates,
+    # the whole data set is repeated.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
-    data = data.repeat(repeats, 1, 1, 1).to(device)
-    labels = (labels % classes).repeat(repeats).to(device)
+    repeated = data.repeat(repeats, 1, 1, 1).to(device)
+    labels = (labels % classes).repeat(repeats).to(device)  # all 0 if classes is 1
     for epoch in range(len(history) + 1, args.epochs + 1):
-        row = train_epoch(args, epoch, data, labels, **run)
+        row = train_epoch(args, epoch, repeated, labels, **run)
         fakes = sample(average, fixed_z, fixed_labels)
         row["coverage"] = coverage(held_out, fakes)
         if not math.isfinite(sum(row.values())):
-            raise FloatingPointError("A loss is not finite. Add a smaller --lr")
+            raise FloatingPointError("A loss is not finite: add a smaller --lr")
         history.append(row)
         save_reports(args, history, fakes)
         save_checkpoint(args, run, history)
         print_epoch(args, row)
 
     fakes = sample(average, fixed_z, fixed_labels)
-    training = training / 127.5 - 1
+    training = data / 127.5 - 1
     show_nearest(fakes, held_out, training, f"{args.out_dir}/images/nearest.png")
     say(f"copy ratio {copy_ratio(fakes, held_out, training):.2f}")
 
@@ -677,7 +677,7 @@ def main():
             return
         data, labels = load_data(args, train=True)
         held_out = load_data(args, train=False)[0] / 127.5 - 1
-        if not 6 <= args.batch_size <= len(data):
+        if not 6 <= args.batch_size <= len(data):  # coverage() needs 6 images
             sys.exit(
                 f"--batch-size {args.batch_size} does not fit {len(data)} images: a "
                 "batch can have from 6 images up to all of them."

@@ -10,30 +10,35 @@ how probable D finds it that x is a real image of the data set and not a fake by
      MNIST --------------> real --+
 
 Training repeats two updates. First D learns to tell real images from fakes, then G
-learns to make fakes that D takes for real. Each update makes one of two losses smaller:
+learns to make fakes that D judges to be real. Each update makes one of two losses
+smaller:
 
     loss_d = -log p(real) - log(1 - p(fake))    small if D is right about both
-    loss_g = -log p(fake)                       small if D takes the fakes for real
+    loss_g = -log p(fake)                       small if D judges the fakes to be real
 
 G never sees a real image. Everything it learns comes through D: the gradient of D's
 logit tells, for each pixel of a fake, whether D would rather see it brighter or darker,
 and backpropagation carries this on to the weights of G.
 
-Why should this end in good images? Think of one place among all possible images. If
-three real images and one fake occur there, the best answer of D is p = 3/4; in general
-it is R / (R + F), for R real images and F fakes. So p is high where fakes are still too
-rare, and G's updates move fakes there. When fakes are as common as real images
-everywhere, D can only guess: p is 0.5, loss_d is 1.39, loss_g is 0.69, and there is
-nothing left to move. This holds for a perfect D. With a real one, training may fail.
+Why should this end in good images? An image of 784 pixels is a point in a space of 784
+dimensions. Look at a small region of this space. If three real images and one fake lie
+there, the best answer of D is p = 3/4; in general it is R / (R + F), for R real images
+and F fakes. So p is high where fakes are still too rare, and G's updates move fakes
+there. When fakes are as common as real images everywhere, D can only guess: p is 0.5,
+loss_g is -log 0.5 = 0.69, loss_d is twice that, and G has nothing left to improve.
+In practice this can fail. If D separates all fakes from all real images, p is almost 0
+all around the fakes and tells G nothing of the way to the real images.
 
 What you will see in the grids of images, in the printed lines and in losses.png:
 
 - In a healthy run the grids get better and better, but the losses soon hardly move, as
   both networks improve at the same time. A loss only tells who is ahead. A better guide
-  is coverage, the share of real images that have a fake close by: it rises to 0.99,
-  and with other real digits in place of the fakes it would be 0.97.
+  is coverage, the share of real images that have a fake close by. It rises to 0.99. (If
+  other real digits took the place of the fakes, it would be 0.97: fakes are a little
+  smoother, and a smooth image is close to many others.)
 - Mode collapse: G draws only a few different images, because D accepts them. The losses
-  may look healthy, but the grid repeats itself, and coverage stays low.
+  may look healthy, but the grid repeats itself, and coverage stays low. If it is below
+  0.2 in the second half of a run, the printed line warns.
 - D has won: whatever G tries, D recognises its fakes. loss_d falls towards 0, loss_g
   grows, and the grids stop improving.
 
@@ -43,7 +48,8 @@ What you will see in the grids of images, in the printed lines and in losses.png
     python gan_mnist.py --resume --out-dir runs/conv       # go on after Ctrl-C
     python gan_mnist.py --generate 100                     # 100 digits of the MLP run
 
-To use the trained generator elsewhere, copy this file, common.py and generator.pth:
+To use the averaged generator elsewhere, copy this file, common.py and, from the folder
+models, generator.pth:
 
     import gan_mnist, torch
     generator = gan_mnist.MLPGenerator(latent_dim=100)  # ConvGenerator for --model conv
@@ -143,8 +149,8 @@ class ConvDiscriminator(nn.Sequential):
 
     def __init__(self):
         super().__init__(
-            # Dropout sets a random 30 % of the pixels to 0 whenever D is called in
-            # training. D cannot rely on single pixels, and so it does not win too
+            # In training, dropout sets a random 30 % of the pixels to 0, which is grey,
+            # at each call of D. So D cannot rely on single pixels, and does not win
             # early.
             nn.Dropout(0.3),  # 1 x 28 x 28
             nn.Conv2d(1, 16, 4, 2, 1),  # 16 x 14 x 14
@@ -161,7 +167,7 @@ class ConvDiscriminator(nn.Sequential):
 
 GENERATORS = {"mlp": MLPGenerator, "conv": ConvGenerator}
 DISCRIMINATORS = {"mlp": MLPDiscriminator, "conv": ConvDiscriminator}
-# Found by trying: the defaults of the flags that suit each pair of networks.
+# Default flags for each pair of networks, found by trying.
 RECIPES = {
     "mlp": {"epochs": 50, "lr": 2e-3, "beta1": 0.5},
     "conv": {"epochs": 12, "lr": 8e-3, "beta1": 0.0},
@@ -181,12 +187,12 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z):
     # bce() computes -log p if the label is 1, and -log(1 - p) if the label is 0, and
     # takes the mean over the batch.
     #
-    # Real images and fakes go through D in two calls. In one call, the BatchNorm of
-    # ConvDiscriminator would scale them by a mean and a variance that they share, and
-    # the answer to a fake would depend on the real images.
+    # Real images and fakes go through D in two calls, because in (2) D is shown fakes
+    # alone. BatchNorm, if D has it, makes the answers depend on the whole batch.
     real_logits = discriminator(real)
-    # detach() cuts G off. Without it, loss_d.backward() would also run through G and
-    # free its graph, and loss_g.backward() below would raise a RuntimeError.
+    # This update is for D alone, so detach() separates the fakes from G. Without it,
+    # loss_d.backward() would also run through G and free its graph, and
+    # loss_g.backward() below would raise a RuntimeError.
     fake_logits = discriminator(fake.detach())
     ones = torch.ones_like(real_logits)
     loss_d = bce(real_logits, ones) + bce(fake_logits, torch.zeros_like(fake_logits))
@@ -195,10 +201,10 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z):
     opt_d.step()
 
     # (2) Update G: make loss_g = -log p(fake) smaller. Why not log(1 - p(fake)), which
-    # also falls as p(fake) rises? Look at the slopes in the logit. This one has the
+    # also falls as p(fake) rises? Look at the slopes in the logit. log(1 - p) has the
     # slope -p, almost 0 for a fake that D recognises: G would learn least from its
-    # worst fakes. (One says that this loss saturates.) But -log p has the slope p - 1,
-    # which is almost -1 for such a fake.
+    # worst fakes. This is called saturation. But -log p has the slope p - 1, which is
+    # almost -1 for such a fake.
     #
     # D is frozen: gradients still flow through it to the fakes and on to G, but none
     # are collected for D's own weights, which saves time.
@@ -217,14 +223,13 @@ def update_average(average, generator, step):
     """Moves each weight of the averaged generator a little towards the generator's.
 
     G and D react to each other, and so G's weights oscillate around a good place as
-    long as the learning rate is high. Their running average is nearer to that place
-    (Yazici et al. 2019). All our images are therefore drawn by the averaged generator.
-    step: the number of updates so far, from 1.
+    long as the learning rate is high. Their running average is nearer to that place and
+    gives better images (Yazici et al. 2019). All our images are drawn by this averaged
+    generator. step: the number of updates so far, from 1.
     """
     # The average keeps the share `keep` of itself. At first this share is small, so
-    # that the untrained weights are forgotten: the average spans about the last ninth
-    # of all steps. From step 4,500 on it is 0.998, and the average spans about 500
-    # steps.
+    # that the untrained weights are soon forgotten. After n steps the average spans
+    # about the last n / 9 of them, and from step 4,500 on always about the last 500.
     keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
     for name, value in average.state_dict().items():
@@ -239,7 +244,7 @@ def coverage(real, fake):
     A real image A is covered if at least one fake is closer to A than the fifth-closest
     other real image is (Naeem et al. 2020). Both are N x C x H x W, and are compared
     pixel by pixel. Coverage notices what is missing. It does not notice blur (blurred
-    fakes score high), nor bad fakes that lie beside good ones.
+    fakes score high), copies of the real images, or bad fakes if there are good ones.
     """
     real = real.flatten(1)
     # The 6th smallest distance, as the smallest is from an image to itself.
@@ -251,7 +256,7 @@ def coverage(real, fake):
 def train_epoch(args, epoch, data, generator, discriminator, average, opt_g, opt_d):
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
-    torch.manual_seed(args.seed * 10_000 + epoch)  # so that a resumed run repeats it
+    torch.manual_seed(args.seed * 10_000 + epoch)  # the same if resumed
     updates = len(data) // args.batch_size  # a last, shorter batch is left out
     total = args.epochs * updates
     step = (epoch - 1) * updates
@@ -288,9 +293,9 @@ def train(args, device, data, checkpoint):
     generator = GENERATORS[args.model](args.latent_dim).apply(init_weights).to(device)
     discriminator = DISCRIMINATORS[args.model]().apply(init_weights).to(device)
     average = copy.deepcopy(generator)
-    # With Adam's usual beta1 of 0.9, momentum averages about ten past gradients. Since
-    # they were computed, the other network has changed, so beta1 is 0.5 or 0 here.
-    # (fused=True computes the same in less time.)
+    # With Adam's usual beta1 of 0.9, momentum averages about ten past gradients. The
+    # other network has changed after these were computed, so old ones mislead. beta1 is
+    # therefore 0.5 or 0 here. (fused=True computes the same in less time.)
     opt_g, opt_d = (
         Adam(network.parameters(), args.lr, (args.beta1, 0.999), fused=True)
         for network in (generator, discriminator)
@@ -314,16 +319,18 @@ def train(args, device, data, checkpoint):
     if not history:
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
         save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
-    # An epoch shows each image once. But few images are repeated, as often as it takes
-    # to make an epoch of at least MIN_EPOCH_STEPS updates.
+    # An epoch shows each image once. If that makes fewer than MIN_EPOCH_STEPS updates,
+    # the whole data set is repeated.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
-    data = data.repeat(repeats, 1, 1, 1).to(device)
+    repeated = data.repeat(repeats, 1, 1, 1).to(device)
     for epoch in range(len(history) + 1, args.epochs + 1):
-        row = train_epoch(args, epoch, data, **run)  # run has its last five arguments
+        row = train_epoch(
+            args, epoch, repeated, **run
+        )  # **run: the last five arguments
         fakes = sample(average, fixed_z)
         row["coverage"] = coverage(real_images, fakes)
         if not math.isfinite(sum(row.values())):
-            raise FloatingPointError("A loss is not finite. Add a smaller --lr")
+            raise FloatingPointError("A loss is not finite: add a smaller --lr")
         history.append(row)
         save_reports(args, history, fakes[:64])
         save_checkpoint(args, run, history)
@@ -621,7 +628,7 @@ def main():
             say(f"The images are in {generate(args, device, checkpoint)}.")
             return
         data = load_data(args)
-        if not 6 <= args.batch_size <= len(data):
+        if not 6 <= args.batch_size <= len(data):  # coverage() needs 6 images
             sys.exit(
                 f"--batch-size {args.batch_size} does not fit {len(data)} images: a "
                 "batch can have from 6 images up to all of them."
