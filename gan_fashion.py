@@ -319,7 +319,7 @@ def train(args, device, data, labels, held_out, checkpoint):
         Adam(network.parameters(), args.lr, (args.beta1, 0.999), fused=True)
         for network in (generator, discriminator)
     )
-    run = {
+    run = {  # also the last five arguments of train_epoch()
         "generator": generator,
         "discriminator": discriminator,
         "average": average,

@@ -33,9 +33,9 @@ What you will see in the grids of images, in the printed lines and in losses.png
 
 - In a healthy run the grids get better and better, but the losses soon hardly move, as
   both networks improve at the same time. A loss only tells who is ahead. A better guide
-  is coverage, the share of real images that have a fake close by. It rises to 0.99. (If
-  other real digits took the place of the fakes, it would be 0.97: fakes are a little
-  smoother, and a smooth image is close to many others.)
+  is coverage, the share of real images that have a fake close by. It rises to 0.99.
+  (Other real digits in place of the fakes would score 0.97. Fakes can score higher, as
+  they are a little smoother, and a smooth image is close to many others.)
 - Mode collapse: G draws only a few different images, because D accepts them. The losses
   may look healthy, but the grid repeats itself, and coverage stays low. If it is below
   0.2 in the second half of a run, the printed line warns.
@@ -300,7 +300,7 @@ def train(args, device, data, checkpoint):
         Adam(network.parameters(), args.lr, (args.beta1, 0.999), fused=True)
         for network in (generator, discriminator)
     )
-    run = {
+    run = {  # also the last five arguments of train_epoch()
         "generator": generator,
         "discriminator": discriminator,
         "average": average,
@@ -324,9 +324,7 @@ def train(args, device, data, checkpoint):
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     repeated = data.repeat(repeats, 1, 1, 1).to(device)
     for epoch in range(len(history) + 1, args.epochs + 1):
-        row = train_epoch(
-            args, epoch, repeated, **run
-        )  # **run: the last five arguments
+        row = train_epoch(args, epoch, repeated, **run)
         fakes = sample(average, fixed_z)
         row["coverage"] = coverage(real_images, fakes)
         if not math.isfinite(sum(row.values())):
