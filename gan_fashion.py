@@ -196,8 +196,10 @@ def r1_penalty(discriminator, real, labels):
     follow. So R1 does not just slow D down. It makes D give answers from which G can
     learn.
 
-    Try it: set R1_WEIGHT to 0 and train again. After 10 epochs loss_d is then 0.43 and
-    the fool rate 0.05. With R1 they are 1.15 and 0.14.
+    Try it: set R1_WEIGHT to 0 and train again. D then gets further ahead: after 10
+    epochs loss_d is 0.44 instead of 1.15, and the fool rate 0.05 instead of 0.15. More
+    of the clothes in the grid are torn or smeared, which coverage hardly notices: it is
+    0.95 instead of 0.97.
 
     R1 takes time. So it is computed for half of the batch, at every 16th update of D,
     and made 16 times as strong (lazy regularization, Karras et al. 2020). It is not
