@@ -149,8 +149,8 @@ class ConvDiscriminator(nn.Sequential):
 
     def __init__(self):
         super().__init__(
-            # In training, dropout sets a random half of the pixels to 0, which is grey, at
-            # each call of D. So D cannot rely on single pixels, and does not win early.
+            # In training, dropout sets a random half of the pixels to 0 (grey) at each
+            # call of D. So D cannot rely on single pixels, and does not win early.
             nn.Dropout(0.5),  # 1 x 28 x 28
             nn.Conv2d(1, 16, 4, 2, 1),  # 16 x 14 x 14
             nn.LeakyReLU(0.2),
