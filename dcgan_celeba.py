@@ -603,12 +603,16 @@ def show_progress(args, step, epoch_steps, start):
 
 def print_epoch(args, row):
     """Prints an epoch's numbers, and a warning if hardly any real image is covered."""
+    epoch = row["epoch"]
     print(
         f"epoch {row['epoch']}/{args.epochs}  loss_d {row['loss_d']:.3f}  loss_g "
         f"{row['loss_g']:.3f}  acc_real {row['acc_real']:.2f}  acc_fake "
         f"{row['acc_fake']:.2f}  fool_rate {row['fool_rate']:.2f}  coverage "
         f"{row['coverage']:.2f}  {row['seconds']:.1f} s  {row['images_per_s']:,.0f} "
-        f"images/s{'  LOW COVERAGE' if row['coverage'] < 0.1 else ''}",
+        "images/s",
+        # In the first half of a run coverage may be low.
+        "  LOW COVERAGE" if row["coverage"] < 0.2 and 2 * epoch > args.epochs else "",
+        sep="",
         flush=True,
     )
 
