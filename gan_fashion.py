@@ -286,7 +286,7 @@ def train_epoch(
     order = torch.randperm(len(data), device=data.device)
     for indices in order.split(args.batch_size)[:updates]:
         # The learning rate falls to 0, so that both networks come to rest at the end.
-        for opt in (opt_d, opt_g):
+        for opt in opt_d, opt_g:
             opt.param_groups[0]["lr"] = args.lr * (1 - step / total)
         real = data[indices] / 127.5 - 1  # from [0, 255] to [-1, 1], as fakes are
         z = torch.randn(args.batch_size, args.latent_dim, device=data.device)
@@ -661,7 +661,7 @@ def main():
     args = parse_args()
     path = f"{args.out_dir}/models/checkpoint.pth"
     checkpoint = {}
-    if args.generate or (args.resume and os.path.exists(path)):
+    if args.generate or args.resume and os.path.exists(path):
         checkpoint, args = load_checkpoint(path)
     elif os.path.exists(f"{args.out_dir}/models/generator.pth") or os.path.exists(
         f"{args.out_dir}/images"

@@ -115,6 +115,9 @@ class MLPDiscriminator(nn.Sequential):
 
     def __init__(self):
         super().__init__(
+            # In training, dropout sets a random half of the pixels to 0 (grey) at each
+            # call of D. So D cannot rely on single pixels, and does not win early.
+            nn.Dropout(0.5),  # 1 x 28 x 28
             nn.Flatten(),  # 784
             nn.Linear(784, 512),  # 512
             nn.LeakyReLU(0.2),
@@ -149,8 +152,6 @@ class ConvDiscriminator(nn.Sequential):
 
     def __init__(self):
         super().__init__(
-            # In training, dropout sets a random half of the pixels to 0 (grey) at each
-            # call of D. So D cannot rely on single pixels, and does not win early.
             nn.Dropout(0.5),  # 1 x 28 x 28
             nn.Conv2d(1, 16, 4, 2, 1),  # 16 x 14 x 14
             nn.LeakyReLU(0.2),
@@ -263,7 +264,7 @@ def train_epoch(args, epoch, data, generator, discriminator, average, opt_g, opt
     order = torch.randperm(len(data), device=data.device)
     for indices in order.split(args.batch_size)[:updates]:
         # The learning rate falls to 0, so that both networks come to rest at the end.
-        for opt in (opt_d, opt_g):
+        for opt in opt_d, opt_g:
             opt.param_groups[0]["lr"] = args.lr * (1 - step / total)
         real = data[indices] / 127.5 - 1  # from [0, 255] to [-1, 1], as fakes are
         z = torch.randn(args.batch_size, args.latent_dim, device=data.device)
@@ -394,8 +395,7 @@ def load_data(args):
         return draw_digits(args.limit or 6400)
     socket.setdefaulttimeout(60)  # a server that is silent for a minute will not answer
     try:
-        data = MNIST(args.data_dir, train=True, download=True).data
-        return data[: args.limit, None]
+        return MNIST(args.data_dir, train=True, download=True).data[: args.limit, None]
     except Exception as error:  # torchvision raises errors of many types
         sys.exit(
             f"MNIST could be neither read nor downloaded ({error!r}). If a file in "
@@ -608,7 +608,7 @@ def main():
     args = parse_args()
     path = f"{args.out_dir}/models/checkpoint.pth"
     checkpoint = {}
-    if args.generate or (args.resume and os.path.exists(path)):
+    if args.generate or args.resume and os.path.exists(path):
         checkpoint, args = load_checkpoint(path)
     elif os.path.exists(f"{args.out_dir}/models/generator.pth") or os.path.exists(
         f"{args.out_dir}/images"
