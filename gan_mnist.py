@@ -33,9 +33,8 @@ What you will see in the grids of images, in the printed lines and in losses.png
 
 - In a healthy run the grids get better and better, but the losses soon hardly move, as
   both networks improve at the same time. A loss only tells who is ahead. A better guide
-  is coverage, the share of real images that have a fake close by. It rises to 0.99.
-  (Other real digits in place of the fakes would score 0.97. Fakes can score higher, as
-  they are a little smoother, and a smooth image is close to many others.)
+  is coverage, the share of real images that have a fake close by. It rises from 0 to
+  0.97, which is also what other real digits in place of the fakes would score.
 - Mode collapse: G draws only a few different images, because D accepts them. The losses
   may look healthy, but the grid repeats itself, and coverage stays low. If it is below
   0.2 in the second half of a run, the printed line warns.
