@@ -41,7 +41,7 @@ Look at the grids first, then at coverage, then at the copy ratio, at the losses
   are those of a D that has won. But the grid shows clothes, and the copy ratio tells
   why: they are noisy copies. images/nearest.png shows them beside the training images.
 
-    python gan_fashion.py                                          # healthy, 7 minutes
+    python gan_fashion.py                                          # healthy, 9 minutes
     python gan_fashion.py --g-steps 20 --epochs 2 --out-dir runs/collapsed
     python gan_fashion.py --beta1 0.9 --lr 0.01 --epochs 2 --out-dir runs/won
     python gan_fashion.py --limit 30 --batch-size 10 --epochs 45 --out-dir runs/copies
