@@ -1,23 +1,58 @@
-"""A DCGAN for faces, or for your own folder of images. Read dcgan_cifar10.py first.
+"""A DCGAN for a folder of your own images, or for CelebA's photographs of faces.
 
-The same rules, without labels; wider networks, a lower learning rate and beta1 0.5.
-- Size: each doubling of --image-size, from 32 to 512 (64 by default), gives G and D one
-  more block, twice as wide. The middle square of each image is used, scaled.
-- Time, on 23,707 photographs of faces (CelebA has 202,599): an epoch takes two CPU
-  cores 3 minutes at size 64, and 13 at 128. For a GPU see README.
-- Few images: below 6,400 a batch is 16, not 64. Below 1,600 an epoch shows each image
-  several times, for 100 to 199 updates. 100 take the CPU 15 s at 64, 70 s at 128.
-  After 50 epochs of 400 photographs at 64: coverage 0.98, copy ratio 1.03.
-- Healthy, after --epochs 25 on the 23,707: D is right (acc_real 0.94, acc_fake 0.96),
-  but unsure (loss_d 0.88, loss_g 1.10); coverage 0.93, copy ratio 1.04.
+Read dcgan_cifar10.py first: networks and training follow the same rules. There are no
+labels here. New are the image size, which is a number now, images of your own, what to
+do if you have few of them, and several GPUs.
+
+Your images should show one kind of thing, framed alike: faces, leaves on white paper,
+houses from the street. Put them into a folder, with subfolders or without, and type:
+
+    python dcgan_celeba.py --images FOLDER --out-dir runs/mine
+
+The script decodes all images that Pillow can read, names those that it has to leave
+out, and uses the middle square of each, scaled to 64 x 64 pixels. You see some of them
+in images/real.png. After 20 updates it prints how long an epoch and the whole run will
+take. Ctrl-C stops the run, and the same command with --resume continues it.
+
+Few images: G learns by updates, and 300 images make only four batches of 64. So if
+there are fewer than 6,400 images, a batch has 16 of them, and an epoch repeats all
+images until it has at least 100 updates. On two CPU cores, at 64 x 64 pixels:
+
+      images   batch size   updates in an epoch   an epoch takes
+         300           16                   112          17 s
+       1,000           16                   125          19 s
+       5,000           16                   312          48 s
+      23,707           64                   370       4 min
+
+What the numbers mean here, where there are no test images:
+
+- Coverage is of one half of your images (1,000 at most). Before training, the script
+  prints the coverage that the other half scores in place of the fakes. Images are
+  compared as thumbnails of 8 x 8 pixels, so coverage tells whether the fakes are as
+  different from each other as your images are, and nothing about sharpness: fog scores
+  high, too.
+- The copy ratio compares how far fakes are from their nearest training images with how
+  far real images are from their nearest other ones. Near 1, the fakes are new, and
+  towards 0 they are copies. images/nearest.png shows both kinds of pairs.
+- With few images D soon knows them all, and the losses look as if D had won. Look at
+  the grids: as long as they get better, train on.
+
+                                     loss_d  loss_g  coverage  other images  copy ratio
+    400 photographs, 50 epochs        0.19    3.50      0.98          0.98        1.03
+    23,707 photographs, 25 epochs     0.88    1.10      0.93          0.98        1.04
+
+A larger --image-size adds blocks to both networks: one for 128, two for 256. Each
+doubling makes four times as many pixels, and an update takes about four times as long.
 
     python dcgan_celeba.py                                      # CelebA, for a GPU
-    python dcgan_celeba.py --images FOLDER --out-dir runs/mine  # your own images
     python dcgan_celeba.py --images FOLDER --out-dir runs/large --image-size 128
+    python dcgan_celeba.py --resume --epochs 100 --out-dir runs/mine    # train longer
     python dcgan_celeba.py --generate 100 --out-dir runs/mine   # after training
     python dcgan_celeba.py --toy --out-dir runs/faces_toy       # with no download
+    torchrun --nproc-per-node 2 dcgan_celeba.py                 # CelebA, on two GPUs
 
-Elsewhere, with the packages below, this file, common.py and models/generator.pth:
+To use the averaged generator elsewhere, copy this file, common.py and, from the folder
+models, generator.pth:
 
     import dcgan_celeba, torch
     generator = dcgan_celeba.Generator(latent_dim=100, size=64)  # --image-size
@@ -28,17 +63,17 @@ Elsewhere, with the packages below, this file, common.py and models/generator.pt
 import argparse
 import copy
 import csv
-import hashlib
-import inspect
+import io
 import math
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import timedelta
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -51,43 +86,55 @@ from torch.optim import Adam
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 
-from common import init_weights, save_grid  # DCGAN's initial weights; a grid of images
+from common import init_weights, save_grid
 
-R1_INTERVAL = 16  # D gets the R1 penalty, see r1_penalty(), at every 16th step:
-R1_WEIGHT = 0.8  # 16 x 0.05: rare, so stronger (Karras et al. 2020)
-AVERAGE_DECAY = 0.998  # averages over 500 steps or fewer, see update_average()
-MIN_EPOCH_STEPS = 100  # few images are shown several times per epoch
+# torchrun starts this script several times, once for each GPU, and tells each of these
+# processes its number, from 0 up, and how many there are. Without torchrun it is one.
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 
-# ---- networks (the comments are output shapes for 64 x 64, without the batch's N) ----
+# ---- networks ------------------------------------------------------------------------
+# A comment beside a layer is the shape of its output for one image of 64 x 64.
 
 
 class Generator(nn.Sequential):
     """Latent vectors N x latent_dim to images N x 3 x size x size in [-1, 1]."""
 
     def __init__(self, latent_dim=100, size=64):
-        channels = 8 * size  # at 4 x 4; each layer doubles the size and halves them
+        # Each block doubles height and width and halves the channels. For a size of 128
+        # there is one block more, and the first layer has twice as many channels.
+        channels = 8 * size
         layers = [nn.ConvTranspose2d(latent_dim, channels, 4)]  # 512 x 4 x 4
-        while channels > 64:  # 256 x 8 x 8, 128 x 16 x 16, 64 x 32 x 32
+        while channels > 64:  # 256 x 8 x 8, then 128 x 16 x 16, then 64 x 32 x 32
             layers += [
                 nn.BatchNorm2d(channels),
                 nn.ReLU(),
                 nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1),
             ]
             channels //= 2
-        layers += [nn.BatchNorm2d(64), nn.ReLU(), nn.ConvTranspose2d(64, 3, 4, 2, 1)]
-        super().__init__(*layers, nn.Tanh())  # 3 x 64 x 64, in [-1, 1]
+        super().__init__(
+            *layers,
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.ConvTranspose2d(64, 3, 4, 2, 1),  # 3 x 64 x 64
+            nn.Tanh(),  # 3 x 64 x 64, in [-1, 1]
+        )
 
     def forward(self, z):
-        return super().forward(z[:, :, None, None])  # as an image of 1 x 1
+        return super().forward(z[:, :, None, None])  # z as an image of one pixel
 
 
 class Discriminator(nn.Sequential):
-    """Images N x 3 x size x size to logits N x 1; another size raises ValueError."""
+    """Images N x 3 x size x size in [-1, 1] to logits N x 1.
+
+    Raises ValueError for images of another size.
+    """
 
     def __init__(self, size=64):
-        channels = 48  # narrower than G, for a CPU's sake
+        channels = 48  # at most 384 channels, not 512 as in G, to save time
         layers = [nn.Conv2d(3, 48, 4, 2, 1), nn.LeakyReLU(0.2)]  # 48 x 32 x 32
-        while channels < 6 * size:  # 96 x 16 x 16, 192 x 8 x 8, 384 x 4 x 4
+        while channels < 6 * size:  # 96 x 16 x 16, then 192 x 8 x 8, then 384 x 4 x 4
             layers += [
                 nn.Conv2d(channels, channels * 2, 4, 2, 1),
                 nn.BatchNorm2d(channels * 2),
@@ -107,186 +154,250 @@ class Discriminator(nn.Sequential):
 
 
 def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=False, bf16=False):
-    """Updates D once, then G once, and returns a dict of scalar tensors.
+    """Updates D once, then G once. Returns the numbers of the step, without a graph.
 
-    real: images N x 3 x size x size in [-1, 1]; z: latent vectors N x latent_dim;
-    r1 adds the R1 penalty; bf16: mixed precision.
+    real: images N x 3 x size x size in [-1, 1]; z: latent vectors N x latent_dim. With
+    r1=True D also learns from R1. With bf16=True convolutions are computed in bfloat16.
     """
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
-    # (1) Update D: minimise -log p(real) - log(1 - p(fake)), where p = sigmoid(logit).
-    with autocast:
+
+    # (1) Update D: make loss_d = -log p(real) - log(1 - p(fake)) smaller.
+    with autocast:  # in here, convolutions use bfloat16 if bf16, and losses float32
         fake = generator(z)
-        # In one call BatchNorm would mix real and fake, but in (2) D sees fakes alone.
         real_logits = discriminator(real)
-        # detach() cuts G off: loss_d is not for G, and (2) needs the fakes' graph.
         fake_logits = discriminator(fake.detach())
         ones = torch.ones_like(real_logits)
-        loss_d = bce(real_logits, ones) + bce(fake_logits, 1 - ones)
+        zeros = torch.zeros_like(fake_logits)
+        loss_d = bce(real_logits, ones) + bce(fake_logits, zeros)
     opt_d.zero_grad()
     loss_d.backward()
     if r1:
-        r1_penalty(discriminator, real).backward()  # adds to D's gradients
-    average_gradients(discriminator)  # of all GPUs; does nothing with one
+        r1_penalty(discriminator, real).backward()
     opt_d.step()
 
-    # (2) Update G: minimise -log p(fake).
-    discriminator.requires_grad_(False)  # saves time: only gradients for G pass through
+    # (2) Update G: make loss_g = -log p(fake) smaller.
+    discriminator.requires_grad_(False)
     with autocast:
-        new_fake_logits = discriminator(fake)  # D has changed since (1)
-        loss_g = bce(new_fake_logits, ones)  # low also if all fakes are the same image
+        new_fake_logits = discriminator(fake)
+        loss_g = bce(new_fake_logits, ones)
     opt_g.zero_grad()
     loss_g.backward()
-    average_gradients(generator)
     opt_g.step()
     discriminator.requires_grad_(True)
 
-    return {  # tensors: .item(), which waits for the GPU, comes once per epoch
+    return {
         "loss_d": loss_d.detach(),  # without R1
         "loss_g": loss_g.detach(),
-        "acc_real": (real_logits > 0).float().mean(),  # share with p > 0.5
-        "acc_fake": (fake_logits < 0).float().mean(),  # share with p < 0.5
-        "fool_rate": (new_fake_logits > 0).float().mean(),  # by the updated D
+        "acc_real": (real_logits > 0).float().mean(),
+        "acc_fake": (fake_logits < 0).float().mean(),
+        "fool_rate": (new_fake_logits > 0).float().mean(),
     }
 
 
-def r1_penalty(discriminator, real):
-    """Returns R1_WEIGHT times the mean of |d logit / d image|^2 over real images.
+R1_INTERVAL = 16
+R1_WEIGHT = 0.05 * R1_INTERVAL
 
-    It flattens D around real images, where a steep D would send fakes to and fro
-    (Mescheder et al. 2018); see dcgan_cifar10.py. In float32: bfloat16 is too coarse.
+
+def r1_penalty(discriminator, real):
+    """Returns R1_WEIGHT times the mean squared length of D's gradient at real images.
+
+    See gan_fashion.py. It is computed in float32, also with bf16.
     """
-    real = real[::2].requires_grad_()  # half of the batch, to save time
+    half = len(real) // 2
+    real = real[:half].requires_grad_()
     logits = discriminator(real)
-    # Of the sum, row i is logit i's gradient. create_graph: to differentiate it again.
-    (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
-    return R1_WEIGHT * grad.square().sum() / len(real)
+    (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+    return R1_WEIGHT * gradient.square().sum() / half
 
 
 def update_average(average, generator, step):
-    """Moves the average a little towards the generator (Yazici et al. 2019)."""
-    decay = min(AVERAGE_DECAY, step / (step + 9))  # soon forgets the untrained weights
+    """Moves each weight of the averaged generator a little towards the generator's."""
+    # The average keeps the share `keep` of itself. At first this share is small, so
+    # that the untrained weights are soon forgotten. After n steps the average spans
+    # about the last n / 9 of them, and from step 4,500 on always about the last 500.
+    keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
-    for name, value in average.state_dict().items():  # changed in place
-        if value.is_floating_point():  # not BatchNorm's counter
-            value.lerp_(new[name], 1 - decay)  # decay x value + (1 - decay) x new
-
-
-def coverage(real, fake):
-    """Returns the share of the real images that the fakes cover, in [0, 1].
-
-    A real image is covered if a fake is closer to it than its own 5th nearest real one
-    (Naeem et al. 2020). Both are N x C x H x W, compared as thumbnails.
-    """
-    real = thumbnails(real)
-    radius = torch.cdist(real, real).kthvalue(6).values  # 1st: itself
-    nearest = torch.cdist(real, thumbnails(fake)).amin(1)
-    return (nearest < radius).float().mean().item()
+    for name, value in average.state_dict().items():
+        if value.is_floating_point():  # BatchNorm also has a counter, a whole number
+            # In place, value becomes keep * value + (1 - keep) * new[name].
+            value.lerp_(new[name], 1 - keep)
 
 
 def thumbnails(images):
-    """Returns images N x C x H x W as N rows of 8 x 8 pixels, for fast comparisons."""
+    """Returns images N x C x H x W as rows of 8 x 8 pixels, which are soon compared."""
     return nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
 
 
-def distances(images, small):
-    """Returns N x M distances of N images, or mirrored ones, from M thumbnails."""
-    plain = torch.cdist(thumbnails(images), small)
-    return torch.minimum(plain, torch.cdist(thumbnails(images.flip(3)), small))
+def coverage(real, fake):
+    """Returns the share of the real images that are covered, between 0 and 1.
 
-
-def check_copies(args, fake, real, data):
-    """Prints the copy ratio, and saves fakes above their nearest training images.
-
-    The ratio: the median distance from a fake to its nearest training image, divided by
-    that from a real image to its nearest other. Near 1 fakes are new, near 0 copies.
+    A real image A is covered if at least one fake is closer to A than the fifth-closest
+    other real image is (Naeem et al. 2020). Both are N x C x H x W, and are compared as
+    thumbnails.
     """
-    parts = torch.arange(len(data)).split(100)  # all at once would not fit into memory
-    small = torch.cat([thumbnails(data[part] / 127.5 - 1) for part in parts])
-    nearest = distances(fake, small).min(1)
-    other = distances(real, small).kthvalue(2).values  # 1st: itself
-    pairs = [fake, data[nearest.indices] / 127.5 - 1]  # one above the other
-    save_grid(torch.cat(pairs, 2)[:40], f"{args.out_dir}/images/nearest.png")
-    print(f"copy ratio {nearest.values.median() / other.median():.2f}: see nearest.png")
+    real = thumbnails(real)
+    # The 6th smallest distance, as the smallest is from an image to itself.
+    radius = torch.cdist(real, real).kthvalue(6).values
+    nearest_fake = torch.cdist(real, thumbnails(fake)).amin(1)
+    return (nearest_fake < radius).float().mean().item()
+
+
+SAME_IMAGE = 0.2  # two thumbnails that are closer are of the same photograph
+
+
+def nearest(images, training, closest=0.0):
+    """Returns the distances to the nearest training images, and their indices.
+
+    images: N x C x H x W; training: the thumbnails of all training images. Of an image
+    and its mirror image, the one that is nearer counts. Training images that are closer
+    than `closest` are passed over.
+    """
+    plain = torch.cdist(thumbnails(images), training)
+    mirrored = torch.cdist(thumbnails(images.flip(3)), training)
+    distance = torch.minimum(plain, mirrored)
+    distance[distance < closest] = torch.inf
+    return distance.min(1)
+
+
+def copy_ratio(fakes, real, training):
+    """Returns the copy ratio: near 1 if fakes are new, towards 0 if they are copies.
+
+    It is the median distance of the fakes from their nearest training image, divided by
+    the median distance of real images from their nearest other training image. fakes
+    and real: N x C x H x W; training: the thumbnails of all training images.
+    """
+    distance = nearest(fakes, training).values.median()
+    # Each real image is among the training images, and in some folders even twice.
+    distance_of_real = nearest(real, training, SAME_IMAGE).values.median()
+    return distance / distance_of_real
+
+
+def show_nearest(fakes, real, data, training, path):
+    """Saves a grid of five rows: 8 fakes, their nearest training images, a gap, 8 real
+    images, and their nearest other training images.
+
+    As long as fakes resemble theirs no more than real images do, they are no copies.
+    """
+    found = data[nearest(fakes, training).indices] / 127.5 - 1
+    others = data[nearest(real, training, SAME_IMAGE).indices] / 127.5 - 1
+    gap = torch.ones_like(fakes)
+    save_grid(torch.cat([fakes, found, gap, real, others]), path)
+
+
+def train_epoch(
+    args, epoch, device, bf16, data, generator, discriminator, average, opt_g, opt_d
+):
+    """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
+    start = time.perf_counter()
+    torch.manual_seed(args.seed * 10_000 + epoch)  # the same if resumed
+    # An epoch shows each image once, or several times if there are few.
+    repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
+    order = torch.randperm(repeats * len(data)) % len(data)
+    updates = len(order) // args.batch_size  # a last, shorter batch is left out
+    total = args.epochs * updates
+    step = (epoch - 1) * updates
+    mine = slice(RANK, None, PROCESSES)  # this process's part of a batch, often all
+    results = []
+    for indices in order.split(args.batch_size)[:updates]:
+        # The learning rate falls to 0, so that both networks come to rest at the end.
+        for opt in opt_d, opt_g:
+            opt.param_groups[0]["lr"] = args.lr * (1 - step / total)
+        real = data[indices[mine]].to(device) / 127.5 - 1  # from [0, 255] to [-1, 1]
+        if args.flip:  # half of the images are mirrored
+            mirror = torch.rand(args.batch_size, 1, 1, 1)[mine].to(device) < 0.5
+            real = torch.where(mirror, real.flip(3), real)
+        z = torch.randn(args.batch_size, args.latent_dim)[mine].to(device)
+        r1 = step % R1_INTERVAL == 0
+        results.append(
+            train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16)
+        )
+        step += 1
+        update_average(average, generator, step)
+        speed = len(results) / (time.perf_counter() - start)
+        show_progress(step, total, speed)
+        if step == 20:
+            say(
+                f"{updates} updates an epoch, in about {updates / speed:.0f} seconds; "
+                f"the whole run takes {total / speed / 60:.1f} minutes"
+            )
+    row = {"epoch": epoch}
+    for name in results[0]:
+        mean = torch.stack([result[name] for result in results]).mean()
+        row[name] = average_over_processes(mean).item()
+    row["seconds"] = time.perf_counter() - start
+    row["images_per_s"] = updates * args.batch_size / row["seconds"]
+    return row
+
+
+MIN_EPOCH_STEPS = 100
 
 
 def train(args, device, bf16, data, checkpoint):
-    """Trains on data, uint8 N x 3 x size x size: a tensor or DecodedImages.
+    """Trains on images, and writes all results to args.out_dir.
 
-    checkpoint: dict of a run to resume, or {}. Raises FloatingPointError and OSError.
+    data: uint8 N x 3 x size x size; bf16: whether to use bfloat16; checkpoint: that of
+    the run to continue, or {} to begin one. Raises OSError if a checkpoint cannot be
+    written, and FloatingPointError if a loss is not finite.
     """
-    # With several GPUs, a process for each runs this, from the same random numbers.
     torch.manual_seed(args.seed)
+    # Channels last, except on Apple's GPUs, for which PyTorch has had errors with it.
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     generator = Generator(args.latent_dim, args.image_size)
     discriminator = Discriminator(args.image_size)
-    # A pixel's channels side by side in memory: faster, but risky on a Mac's GPU.
-    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     for network in generator, discriminator:
         network.apply(init_weights).to(device, memory_format=layout)
+        share_gradients(network)
     average = copy.deepcopy(generator)
-    # beta1 is 0.5 (0 is no better), not 0.9: old gradients mislead, the opponent moved.
-    opt_g = Adam(generator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
-    opt_d = Adam(discriminator.parameters(), args.lr, (args.beta1, 0.999), fused=True)
-    modules = {
+    opt_g, opt_d = (
+        Adam(network.parameters(), args.lr, (args.beta1, 0.999), fused=True)
+        for network in (generator, discriminator)
+    )
+    run = {  # also the last five arguments of train_epoch()
         "generator": generator,
         "discriminator": discriminator,
         "average": average,
         "opt_g": opt_g,
         "opt_d": opt_d,
     }
-    history = checkpoint.get("history", [])
+    history = checkpoint.get("history", [])  # a row of numbers for each epoch so far
     if checkpoint:
-        for name in modules:
-            modules[name].load_state_dict(checkpoint[name])
-    count = 64_000 // args.image_size  # 1,000 at 64 x 64; fewer if larger, for memory
-    real_images = data[torch.randperm(len(data))[:count]] / 127.5 - 1
-    fixed_z = torch.randn(count, args.latent_dim)  # the same for all epochs
+        for name in run:
+            run[name].load_state_dict(checkpoint[name])
+    if RANK == 0:
+        save_checkpoint(args, run, history)  # if this is impossible, we know it now
+
+    # All grids are drawn from the same latent vectors, so that they can be compared.
+    fixed_z = torch.randn(64_000 // args.image_size, args.latent_dim)
+    # Coverage is of one half of the real images (of 1,000 at most, at a size of 64). So
+    # that it can be compared with something, we print what the other half scores.
+    count = min(len(data) // 2, len(fixed_z))
+    shuffled = torch.randperm(len(data))
+    real_images = data[shuffled[:count]] / 127.5 - 1
+    scale = coverage(real_images, data[shuffled[count : 2 * count]] / 127.5 - 1)
+    say(f"coverage by other real images: {scale:.2f}")
     if not history and RANK == 0:
-        save_checkpoint(args, modules, history)
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
         save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
-
-    passes = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))  # 400 images: 4
-    epoch_steps = passes * len(data) // args.batch_size  # without a last, shorter batch
-    print(f"An epoch is {epoch_steps} updates, {passes} x all images.")
-    mine = slice(RANK, None, PROCESSES)  # this process's part of a batch: one GPU, all
-    step = len(history) * epoch_steps
     for epoch in range(len(history) + 1, args.epochs + 1):
-        start = time.perf_counter()
-        torch.manual_seed(args.seed * 10_000 + epoch)  # the same when resumed
-        results = []
-        order = torch.cat([torch.randperm(len(data)) for _ in range(passes)])
-        for indices in order.split(args.batch_size)[:epoch_steps]:
-            lr = args.lr * (1 - step / (args.epochs * epoch_steps))  # to 0: both settle
-            opt_d.param_groups[0]["lr"] = opt_g.param_groups[0]["lr"] = lr
-            r1 = step % R1_INTERVAL == 0  # it is slow: rare but strong will do
-            real = data[indices[mine]].to(device, memory_format=layout) / 127.5 - 1
-            if not args.no_flip and torch.rand(1) < 0.5:
-                real = real.flip(3)  # half of the batches mirrored: more data
-            z = torch.randn(args.batch_size, args.latent_dim)[mine].to(device)
-            results.append(
-                train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16)
-            )
-            step += 1
-            update_average(average, generator, step)
-            show_progress(args, step, epoch_steps, start)
-        if RANK > 0:  # see average_gradients(); process 0 measures and writes
-            continue
-        fakes = sample(average, fixed_z)  # by the average, not by G
-        row = {"epoch": epoch}
-        for name in results[0]:
-            row[name] = sum(result[name] for result in results).item() / epoch_steps
-        row["coverage"] = coverage(real_images, fakes[: len(real_images)])
-        row["seconds"] = time.perf_counter() - start
-        row["images_per_s"] = epoch_steps * args.batch_size / row["seconds"]
+        row = train_epoch(args, epoch, device, bf16, data, **run)
+        fakes = sample(average, fixed_z)
+        row["coverage"] = coverage(real_images, fakes[:count])
         if not math.isfinite(sum(row.values())):
-            raise FloatingPointError("A loss is not finite: resume with a smaller --lr")
+            raise FloatingPointError("A loss is not finite: add a smaller --lr")
         history.append(row)
-        save_reports(args, history, fakes[:64])  # images/, losses.png, history.csv
-        save_checkpoint(args, modules, history)  # models/; generator.pth is the average
+        if RANK == 0:
+            save_reports(args, history, fakes[:64])
+            save_checkpoint(args, run, history)
         print_epoch(args, row)
 
+    fakes = sample(average, fixed_z)
+    training = torch.cat(  # in parts: all at once could take too much memory
+        [thumbnails(part / 127.5 - 1) for part in data.split(100)]
+    )
     if RANK == 0:
-        check_copies(args, sample(average, fixed_z[:200]), real_images[:200], data)
+        path = f"{args.out_dir}/images/nearest.png"
+        show_nearest(fakes[:8], real_images[:8], data, training, path)
+    say(f"copy ratio {copy_ratio(fakes[:200], real_images[:200], training):.2f}")
 
 
 # ---- sampling ------------------------------------------------------------------------
@@ -294,154 +405,167 @@ def train(args, device, bf16, data, checkpoint):
 
 @torch.no_grad()
 def sample(generator, z):
-    """Returns images N x 3 x size x size in [-1, 1], on the CPU, for z N x latent_dim.
+    """Returns an image for each latent vector: N x 3 x size x size, on the CPU.
 
-    In evaluation mode BatchNorm uses its running statistics; in training mode an image
-    would depend on the others in its batch. Afterwards the mode is as it was.
+    The images are in [-1, 1], and are drawn by a copy of the generator in evaluation
+    mode, in which BatchNorm uses the mean and variance stored during training.
     """
-    was_training = generator.training
+    generator = copy.deepcopy(generator).eval()  # the original keeps its mode
     device = next(generator.parameters()).device
-    generator.eval()
-    parts = [generator(part.to(device)).cpu() for part in z.split(64)]  # saves memory
-    generator.train(was_training)
-    return torch.cat(parts)
+    parts = z.to(device).split(50)  # all at once could take too much memory
+    return torch.cat([generator(part).cpu() for part in parts])
 
 
 def generate(args, device, checkpoint):
-    """Writes args.generate images, a grid of others, and a latent walk."""
+    """Writes args.generate images, a grid of 64 others and a latent walk.
+
+    Returns the folder of the images: generated, or generated_2 and so on if there is
+    one already.
+    """
     generator = Generator(args.latent_dim, args.image_size).to(device)
     generator.load_state_dict(checkpoint["average"])
-    folder = f"{args.out_dir}/generated"
-    if os.path.exists(folder):
-        raise FileExistsError(f"{folder} exists: rename or delete it first")
-    os.makedirs(folder)
-    torch.manual_seed(args.seed + 1)  # not the z of training's grids
-    save_grid(sample(generator, torch.randn(64, args.latent_dim)), f"{folder}_grid.png")
-    # Each row leads from z1 to z2 on a quarter circle. As cos^2 + sin^2 = 1, its z are
-    # normal as in training; halfway on a straight line the variance would be 1/2.
+    torch.manual_seed(args.seed)
+    grid = sample(generator, torch.randn(64, args.latent_dim))
+
+    # As in gan_mnist.py, each row of the latent walk leads from one z to another on a
+    # quarter circle.
     z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
-    angle = torch.linspace(0, math.pi / 2, 8)[:, None]  # 8 x 1, and z1 8 x 1 x dim
-    z = (z1 * angle.cos() + z2 * angle.sin()).flatten(0, 1)
-    save_grid(sample(generator, z), f"{args.out_dir}/latent_walk.png")
+    angle = torch.linspace(0, math.pi / 2, 8)[:, None]
+    walk = z1 * angle.cos() + z2 * angle.sin()  # 8 rows x 8 columns x latent_dim
+    walk = sample(generator, walk.flatten(0, 1))
+
+    suffix = ""
+    number = 1
+    while os.path.exists(f"{args.out_dir}/generated{suffix}"):
+        number += 1
+        suffix = f"_{number}"
+    folder = f"{args.out_dir}/generated{suffix}"
+    os.mkdir(folder)
     for i, z in enumerate(torch.randn(args.generate, 1, args.latent_dim)):
-        ToPILImage()((sample(generator, z)[0] + 1) / 2).save(f"{folder}/{i:05d}.png")
+        image = ((sample(generator, z)[0] + 1) * 127.5).round().byte()
+        ToPILImage()(image).save(f"{folder}/{i:05d}.png")
+    save_grid(grid, f"{args.out_dir}/generated_grid{suffix}.png")
+    save_grid(walk, f"{args.out_dir}/latent_walk{suffix}.png")
+    return folder
 
 
-# ---- from here on, nothing is about GANs: data, several GPUs, files, flags, main -----
+# ---- from here on, nothing is about GANs: data, several GPUs, files, flags and main --
 
 # 1.4 GB. torchvision's CelebA class fetches from Google Drive, which often refuses.
 URL = "https://s3-us-west-1.amazonaws.com/udacity-dlnfd/datasets/celeba.zip"
 MD5 = "00d2c5bc6d35e252742224ab0c1e8fcb"
 
 
-@dataclass
-class DecodedImages:
-    """A file of decoded images: data[indices] reads only these, N x 3 x size x size."""
+def find_images(folder):
+    """Returns the paths of all images in a folder and in its subfolders, sorted.
 
-    path: str
-    size: int
-
-    def __len__(self):
-        return os.path.getsize(self.path) // (3 * self.size**2)
-
-    def __getitem__(self, indices):
-        # Mapped anew each time, or all that was ever read would count as memory in use.
-        images = np.memmap(self.path, mode="r").reshape(-1, self.size, self.size, 3)
-        return torch.from_numpy(images[indices.numpy()]).permute(0, 3, 1, 2)
+    Hidden files and folders are left out, and so are links to folders, which may lead
+    round in a circle.
+    """
+    images = []
+    for path in sorted(Path(folder).rglob("*")):
+        if "/." in f"/{path.relative_to(folder).as_posix()}":
+            continue  # hidden
+        if path.is_symlink() and path.is_dir():
+            say(f"Left out: {path}: a link to a folder")
+        if path.suffix.lower() in Image.registered_extensions() and path.is_file():
+            images.append(path)
+    return images
 
 
 def find_celeba(data_dir):
-    """Returns the folder of CelebA's images, after download if there is none."""
-    for folder in f"{data_dir}/celeba", f"{data_dir}/img_align_celeba":
-        if os.path.isdir(folder):
-            return folder
-    archive = f"{data_dir}/img_align_celeba.zip"  # put there by hand
-    temporary = f"{data_dir}/celeba.tmp"
+    """Returns the paths of CelebA's images, after a download if there are none."""
+    target = f"{data_dir}/celeba_images"
+    for folder in target, f"{data_dir}/celeba", f"{data_dir}/img_align_celeba":
+        images = find_images(folder)
+        if images:
+            return images
     socket.setdefaulttimeout(60)  # a server that is silent for a minute will not answer
     try:
-        if os.path.exists(archive):
-            extract_archive(archive, temporary)
+        archives = [*Path(data_dir).rglob("img_align_celeba.zip")]
+        if archives:  # put there by hand
+            extract_archive(archives[0], f"{target}.tmp")
         else:
             download_and_extract_archive(
-                URL, data_dir, temporary, "celeba_download.zip", MD5
+                URL, data_dir, f"{target}.tmp", "celeba_download.zip", MD5
             )
-        os.rename(temporary, f"{data_dir}/celeba")  # only when it is whole
-        return f"{data_dir}/celeba"
-    except Exception as error:  # torchvision raises many types
+        os.rename(f"{target}.tmp", target)  # only when it is whole
+    except Exception as error:  # torchvision raises errors of many types
         sys.exit(
             f"CelebA could be neither read nor downloaded ({error!r}). Put its "
-            f"img_align_celeba.zip into {data_dir} by hand, or learn from your own "
-            f"images, --images FOLDER, or synthetic ones: python {sys.argv[0]} --toy"
+            f"img_align_celeba.zip into {data_dir} by hand, or use images of your own, "
+            f'--images FOLDER, or synthetic ones: python "{sys.argv[0]}" --toy'
         )
-
-
-def find_images(folder):
-    """Returns the paths of all images in a folder and its subfolders, sorted."""
-    files = [
-        path
-        for path in sorted(Path(folder).rglob("*"))  # follows no links to folders
-        if path.suffix.lower() in Image.registered_extensions()
-        and "/." not in f"/{path.relative_to(folder).as_posix()}"  # not hidden
-        and path.is_file()
-    ]
-    if not files:
-        sys.exit(
-            f"{folder} is missing, or has no images that Pillow can read (convert HEIC "
-            "files first). Name another folder by --images."
-        )
-    return files
+    return find_images(target)
 
 
 def load_data(args):
-    """Returns the training images, uint8 N x 3 x size x size: indexed like a tensor.
-
-    Files are decoded once. Raises OSError and MemoryError if disk or memory fail.
-    """
-    size = args.image_size
+    """Returns the training images, uint8 N x 3 x size x size."""
     if args.toy and not args.images:
-        return draw_faces(args.limit or 600, size)
-    files = find_images(args.images or find_celeba(args.data_dir))[: args.limit]
-    # The decoded file's name is a hash of all that it depends on, the code of decode()
-    # included: if anything changes, all is decoded again, into another file.
-    state = [(str(file), file.stat().st_size, file.stat().st_mtime) for file in files]
-    key = f"{state} {size} {inspect.getsource(decode)}".encode()
-    path = f"{args.data_dir}/decoded_{hashlib.sha256(key).hexdigest()[:16]}"
-    if not os.path.exists(path):
-        os.makedirs(args.data_dir, exist_ok=True)
-        # The temporary folder is deleted also after an error.
-        with tempfile.TemporaryDirectory(dir=args.data_dir) as folder:
-            with open(f"{folder}/images", "wb") as out, ThreadPoolExecutor(4) as pool:
-                for i in range(0, len(files), 200):  # not all at once, for the memory
-                    print(f"{i:,} of {len(files):,} decoded", end="\r", flush=True)
-                    out.writelines(
-                        pool.map(try_decode, files[i : i + 200], [size] * 200)
-                    )
-            os.replace(f"{folder}/images", path)
-    return DecodedImages(path, size)
+        return draw_faces(max(12, args.limit or 600), args.image_size)
+    files = find_images(args.images) if args.images else find_celeba(args.data_dir)
+    if not files:
+        sys.exit(
+            f"{args.images} is no folder, or has no images that Pillow can read "
+            "(convert HEIC files first). Name another folder by --images."
+        )
+    count = min(len(files), args.limit or len(files))
+    files = [files[i * len(files) // count] for i in range(count)]  # evenly spread
+    return decode_all(files, args.image_size, args.data_dir)
+
+
+def decode_all(files, size, folder):
+    """Decodes images into a file. Returns them as a tensor, uint8 N x 3 x size x size.
+
+    The file lies in folder, but has no name: it vanishes when the script ends in
+    whatever way. The tensor is mapped to it: only what is read takes memory.
+    """
+    os.makedirs(folder, exist_ok=True)
+    needed = len(files) * 3 * size**2 * PROCESSES / 1e9
+    free = shutil.disk_usage(folder).free / 1e9
+    if needed > free:
+        sys.exit(
+            f"The images need {needed:.1f} GB in {folder}, of which {free:.1f} GB are "
+            "free. Name a folder on another disk by --data-dir, or use fewer images, "
+            "--limit, or smaller ones, --image-size."
+        )
+    say(f"Decoding {len(files):,} images, to {size} x {size}")
+    with tempfile.TemporaryFile(dir=folder) as file, ThreadPoolExecutor(4) as pool:
+        for i in range(0, len(files), 200):  # not all at once, for the memory
+            file.writelines(pool.map(try_decode, files[i : i + 200], [size] * 200))
+            if sys.stdout.isatty():
+                say(f"{i:,} of {len(files):,}", end="\r")
+        file.flush()
+        count = file.tell() // (3 * size**2)
+        if count < 12:  # coverage() needs 6 in each half
+            sys.exit(f"Only {count} images can be used, and it takes 12 or more.")
+        say(f"{count:,} images decoded, {len(files) - count:,} left out")
+        pixels = np.memmap(file, shape=(count, size, size, 3))
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def try_decode(file, size):
     """Returns what decode() does, or no bytes for an image that is damaged."""
     try:
         return decode(file, size)
-    except Exception as error:  # Pillow raises many types
+    except Exception as error:  # Pillow raises errors of many types
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise  # the memory or the disk failed, and the image may be good
-        print(f"Left out: {str(file)!a}: {error}")  # !a: ASCII, for any terminal
+        say(f"Left out: {file}: {error}")
         return b""
 
 
 def decode(file, size):
-    """Returns the middle of an image, as the bytes of size x size x 3."""
+    """Returns the middle square of an image, as the bytes of size x size x 3."""
     with Image.open(file) as image:
         if min(image.size) < 8:
             raise ValueError(f"{image.width} x {image.height} is below 8 x 8")
+        if image.mode == "F":
+            raise ValueError("32-bit float pixels have no fixed range")
         image.draft("RGB", (size, size))  # decodes a JPEG at 1/2, 1/4, 1/8: faster
         image.load()
-        try:
+        with suppress(Exception):  # if its EXIF data is damaged, it stays unturned
             ImageOps.exif_transpose(image, in_place=True)
-        except Exception:
-            pass  # damaged EXIF: viewers show the image all the same, unturned
         if "I" in image.mode:  # 16 bits of grey (I, I;16 ...), where 65535 becomes 255
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         image = ImageOps.fit(image.convert("RGBA"), (size, size))
@@ -458,8 +582,7 @@ def draw_faces(count, size):
     for _ in range(count):
         image = Image.new("RGB", (64, 64))
         draw = ImageDraw.Draw(image)
-        skin = f"hsl({torch.randint(360, ()).item()}, 60%, 70%)"
-        draw.ellipse((12, 4, 52, 60), skin)
+        draw.ellipse((12, 4, 52, 60), f"hsl({torch.randint(360, ())}, 60%, 70%)")
         for box in (20, 22, 28, 32), (36, 22, 44, 32), (22, 42, 42, 52):
             draw.ellipse(box, 0)  # eyes and mouth
         images.append(PILToTensor()(vary(image).resize((size, size))))
@@ -467,75 +590,81 @@ def draw_faces(count, size):
 
 
 # ---- several GPUs --------------------------------------------------------------------
+# All processes begin with the same weights, and each computes gradients for its part of
+# every batch. As all of them then learn from the mean of these gradients, their weights
+# stay the same. Only BatchNorm's mean and variance are those of a process's own part.
 
-TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # True: torchrun started this
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # this process's number, from 0
-PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+
+def start_processes(args):
+    """Connects the processes, and gives each of them a GPU of its own."""
+    if torch.cuda.is_available() and not args.device:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    distributed.init_process_group()
+    distributed.barrier()  # no process goes on before all have come this far
 
 
-def average_gradients(network):
-    """Gives each process the mean of all processes' gradients, in one message.
-
-        torchrun --nproc-per-node 2 dcgan_celeba.py
-
-    starts two processes, one per GPU, that run this file side by side, each on its part
-    of every batch. They begin with the same weights, and so keep the same weights; only
-    BatchNorm's statistics are of a process's own part. DistributedDataParallel averages
-    inside backward(), but wraps networks, and renames all their weights.
-    """
+def average_over_processes(value):
+    """Returns the mean of all processes' values. They are tensors, changed in place."""
     if TORCHRUN:
-        grads = [weight.grad for weight in network.parameters()]
-        mean = torch.cat([grad.flatten() for grad in grads]) / PROCESSES
-        distributed.all_reduce(mean)  # the sum over all processes
-        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
-            grad.copy_(part.view_as(grad))
+        distributed.all_reduce(value)  # their sum
+        value /= PROCESSES
+    return value
+
+
+def share_gradients(network):
+    """Makes backward() average each gradient over all processes, once it is computed.
+
+    DistributedDataParallel does the same faster, but it wraps a network, and so renames
+    all its weights.
+    """
+
+    def average_gradient(weight):
+        average_over_processes(weight.grad)
+
+    for weight in network.parameters():
+        weight.register_post_accumulate_grad_hook(average_gradient)
 
 
 # ---- files ---------------------------------------------------------------------------
 
 
-def save_checkpoint(args, modules, history):
+def save_checkpoint(args, run, history):
     """Writes models/: the checkpoint, and both networks by themselves for later use."""
-    not_saved = "out_dir device resume generate".split()
-    settings = {
-        name: value for name, value in vars(args).items() if name not in not_saved
+    settings = dict(vars(args))
+    for name in ("out_dir", "device", "resume", "generate"):  # not to be remembered
+        del settings[name]
+    states = {name: part.state_dict() for name, part in run.items()}
+    files = {
+        "checkpoint": {"settings": settings, "history": history, **states},
+        "generator": states["average"],
+        "discriminator": states["discriminator"],
     }
-    checkpoint = {"settings": settings, "history": history}
-    for name, module in modules.items():
-        checkpoint[name] = module.state_dict()
-    save(checkpoint["average"], f"{args.out_dir}/models/generator.pth")
-    save(checkpoint["discriminator"], f"{args.out_dir}/models/discriminator.pth")
-    save(checkpoint, f"{args.out_dir}/models/checkpoint.pth")
-
-
-def save(content, path):
-    """Writes a file atomically: after a kill it is whole, either the old or the new."""
-    try:
-        torch.save(content, f"{path}.tmp")
-    except RuntimeError as error:
-        raise OSError(f"{path} could not be written (is the disk full?)") from error
-    os.replace(f"{path}.tmp", path)
+    os.makedirs(f"{args.out_dir}/models", exist_ok=True)
+    for name, content in files.items():
+        path = f"{args.out_dir}/models/{name}.pth"
+        buffer = io.BytesIO()  # torch.save itself hides why a file cannot be written
+        torch.save(content, buffer)
+        # Atomically: after a kill the file is whole, either the old one or the new one.
+        Path(f"{path}.tmp").write_bytes(buffer.getbuffer())
+        os.replace(f"{path}.tmp", path)
 
 
 def load_checkpoint(path):
-    """Returns the checkpoint and the flags, with its settings in place of defaults."""
+    """Returns a checkpoint, and the flags with its settings in place of defaults."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = checkpoint["settings"]
-        args = parse_args(**settings)
-        for name in "image_size", "latent_dim", "beta1", "toy":
-            if vars(args)[name] != settings[name]:
-                sys.exit(
-                    f"This run has --{name.replace('_', '-')} {settings[name]}, which "
-                    "stays: leave it out, or start a new run in another --out-dir."
-                )
-        print(f"The run has done {len(checkpoint['history'])} of {args.epochs} epochs.")
-        return checkpoint, args
-    except Exception as error:  # torch raises many types
+        args = parse_args(**checkpoint["settings"])
+    except Exception as error:  # a damaged file raises errors of many types
         sys.exit(
             f"{path} is missing, damaged or not from this script ({error!r:.300}). "
             "Train first, or set --out-dir to the folder of a run."
         )
+    say(f"This run has done {len(checkpoint['history'])} of {args.epochs} epochs.")
+    return checkpoint, args
+
+
+# ---- reports -------------------------------------------------------------------------
 
 
 def save_reports(args, history, images):
@@ -550,20 +679,20 @@ def save_reports(args, history, images):
             writer.writeheader()
             writer.writerows(history)
     except OSError as error:
-        print(f"Warning: {str(error)!a}. The run continues and tries again.")
+        say(f"Warning: {error}. The run continues, and tries again after an epoch.")
 
 
 def plot_history(history, path):
     """Plots the losses on the left, and what lies between 0 and 1 on the right."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.axhline(1.386, color="grey", label="D guesses: 1.39, 0.69")
-    left.axhline(0.693, color="grey")
+    left.axhline(1.386, color="C0", linestyle="--", label="loss_d if D only guesses")
+    left.axhline(0.693, color="C1", linestyle="--", label="loss_g if D only guesses")
     right.set_ylim(0, 1)
-    for name in list(history[0])[1:7]:  # not epoch, seconds and images_per_s
+    for name in "loss_d loss_g acc_real acc_fake fool_rate coverage".split():
         axes = left if name.startswith("loss") else right
-        values = [row[name] for row in history]
-        axes.plot(range(1, len(history) + 1), values, marker=".", label=name)
+        values = [None] + [row[name] for row in history]  # there is no epoch 0
+        axes.plot(values, ".-", label=name)
         axes.set_xlabel("epoch")
         axes.locator_params("x", integer=True)
         axes.legend()
@@ -573,83 +702,91 @@ def plot_history(history, path):
 def save_gif(args):
     """Writes progress.gif from the saved grids. An error is only printed."""
     try:
-        folder = Path(f"{args.out_dir}/images")
-        files = sorted(  # epoch_1000.png after epoch_999.png
-            folder.glob("epoch_*.png"), key=lambda file: (len(file.name), file)
+        files = sorted(  # epoch_1000.png comes after epoch_999.png
+            Path(f"{args.out_dir}/images").glob("epoch_*.png"),
+            key=lambda file: (len(file.name), file),
         )
-        if files:
-            Image.open(files[0]).save(
+        frames = map(Image.open, files)  # opens one at a time
+        first = next(frames, None)
+        if first:
+            first.save(
                 f"{args.out_dir}/progress.gif",
-                append_images=map(Image.open, files[1:]),  # one is open at a time
+                append_images=frames,
                 save_all=True,
                 duration=200,
                 loop=0,
             )
     except OSError as error:
-        print(f"Warning: {str(error)!a}. progress.gif is missing or old.")
+        say(f"Warning: {error}. So progress.gif is missing or old.")
 
 
-def show_progress(args, step, epoch_steps, start):
-    """Rewrites the last line of a terminal."""
+def say(text, end="\n"):
+    """Prints text at once. A terminal that is closed does not end the run."""
+    with suppress(OSError, UnicodeError):
+        print(text, end=end, flush=True)
+
+
+def show_progress(step, total, speed):
+    """Rewrites the last line of a terminal. speed: updates per second."""
     if sys.stdout.isatty():
-        speed = (step % epoch_steps or epoch_steps) / (time.perf_counter() - start)
-        print(
-            f"step {step}/{args.epochs * epoch_steps}  {speed:.1f} steps/s "
-            f"{(args.epochs * epoch_steps - step) / speed:.0f} s left   ",
+        say(
+            f"step {step}/{total}  {speed:.1f} steps/s  "
+            f"{(total - step) / speed:.0f} s left   ",
             end="\r",
-            flush=True,
         )
 
 
 def print_epoch(args, row):
-    """Prints an epoch's numbers, and a warning if hardly any real image is covered."""
-    epoch = row["epoch"]
-    print(
-        f"epoch {row['epoch']}/{args.epochs}  loss_d {row['loss_d']:.3f}  loss_g "
-        f"{row['loss_g']:.3f}  acc_real {row['acc_real']:.2f}  acc_fake "
-        f"{row['acc_fake']:.2f}  fool_rate {row['fool_rate']:.2f}  coverage "
-        f"{row['coverage']:.2f}  {row['seconds']:.1f} s  {row['images_per_s']:,.0f} "
-        "images/s",
-        # In the first half of a run coverage may be low.
-        "  LOW COVERAGE" if row["coverage"] < 0.2 and 2 * epoch > args.epochs else "",
-        sep="",
-        flush=True,
+    """Prints the numbers of an epoch, and a warning if too few real images are covered.
+
+    In the first half of a run coverage may be low, as G has not learned much yet.
+    """
+    line = (
+        f"epoch {row['epoch']}/{args.epochs}  loss_d {row['loss_d']:.3f}  "
+        f"loss_g {row['loss_g']:.3f}  acc_real {row['acc_real']:.2f}  "
+        f"acc_fake {row['acc_fake']:.2f}  fool_rate {row['fool_rate']:.2f}  "
+        f"coverage {row['coverage']:.2f}  "
+        f"{row['seconds']:.1f} s  {row['images_per_s']:,.0f} images/s"
     )
+    if row["coverage"] < 0.2 and row["epoch"] > args.epochs / 2:
+        line += "  LOW COVERAGE"
+    say(line)
 
 
 # ---- flags and main ------------------------------------------------------------------
 
 
 def parse_args(**settings):
-    """Returns the flags; settings, of a checkpoint, take the place of the defaults."""
+    """Returns the flags. settings: those of a resumed run, in place of the defaults."""
     parser = argparse.ArgumentParser()
     flag = parser.add_argument
-    flag(
-        "--images", type=os.path.realpath, help="your own images' folder (else: CelebA)"
-    )
+    flag("--images", type=os.path.realpath, help="folder of your own images (CelebA)")
     flag(
         "--image-size",
         type=int,
-        choices=[32, 64, 128, 256, 512],
+        choices=[32, 64, 128, 256],
         default=64,
         help="width and height (%(default)s)",
     )
-    flag("--no-flip", action="store_true", help="mirror no image (text, logos)")
+    flag(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="mirror half of the images: not for text (%(default)s)",
+    )
     flag("--epochs", type=positive, help="of at least 100 updates each (50; toy 5)")
     flag(
         "--batch-size", type=positive, help="images per step (64; if there are few: 16)"
     )
-    flag("--lr", type=float, help="first learning rate (4e-4; toy 1e-3)")
+    flag("--lr", type=float, default=4e-4, help="first learning rate (%(default)s)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")
     flag(
         "--sample-every", type=positive, default=1, help="epochs per grid (%(default)s)"
     )
     flag("--data-dir", default="data", help="where images are or go (%(default)s)")
-    flag(
-        "--out-dir", default=f"runs/{Path(__file__).stem}", help="results (%(default)s)"
-    )
-    flag("--limit", type=positive, help="use only so many images (all)")
+    flag("--out-dir", default="runs/dcgan_celeba", help="results (%(default)s)")
+    flag("--limit", type=positive, help="use only so many images, evenly chosen (all)")
     flag("--toy", action="store_true", help="learn synthetic faces, with no download")
     flag("--seed", type=int, default=0, help="random seed (%(default)s)")
     flag("--device", help="cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
@@ -658,17 +795,22 @@ def parse_args(**settings):
         action=argparse.BooleanOptionalAction,
         help="bfloat16 mixed precision (default: on CPUs that have it)",
     )
-    flag("--resume", action="store_true", help="continue the run in --out-dir")
+    flag("--resume", action="store_true", help="continue the run in --out-dir, if any")
     flag("--generate", type=positive, help="write so many images (--seed 1: others)")
     parser.set_defaults(**settings)
     args = parser.parse_args()
     args.epochs = args.epochs or (5 if args.toy else 50)
-    if args.lr is None:
-        args.lr = 1e-3 if args.toy else 4e-4
-    if not args.lr > 0 or not 0 <= args.beta1 < 1:
+    if not (args.lr > 0 and 0 <= args.beta1 < 1 and 0 <= args.seed < 2**32):
         parser.error(
-            f"--lr {args.lr} is not above 0 or --beta1 {args.beta1} not in [0, 1)"
+            "--lr has to be above 0, --beta1 in [0, 1) and --seed in [0, 2**32), not "
+            f"{args.lr}, {args.beta1} and {args.seed}"
         )
+    for name in ("image_size", "latent_dim", "beta1", "toy"):
+        if settings and vars(args)[name] != settings[name]:
+            sys.exit(
+                f"This run has --{name.replace('_', '-')} {settings[name]}, which "
+                "stays: leave it out, or start a new run in another --out-dir."
+            )
     return args
 
 
@@ -680,88 +822,74 @@ def positive(text):
 
 
 def choose_device(name):
-    """Returns the device of that name; without one, a GPU that works, or the CPU."""
-    device = (
-        name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    )
+    """Returns the device of that name; without one, the GPU, or else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
     try:
-        return torch.ones(1, device=device).device
-    except Exception as error:  # torch raises many types
-        if name:
-            sys.exit(f"--device {name} cannot be used: {error}")
-        print(f"Using the CPU, as {device} cannot be used: {error}")
-        return torch.device("cpu")
+        return torch.ones(1, device=name or found or "cpu").device
+    except Exception as error:  # torch raises errors of many types
+        sys.exit(f"{name or found} cannot be used ({error}). Add --device cpu.")
 
 
 def has_bfloat16(device):
-    """Tells whether bfloat16 is the default: on CPUs with it (an H200 was slower)."""
+    """Tells whether bfloat16 is the default: on CPUs that compute with it."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.11
     return device.type == "cpu" and capabilities.get("avx512_bf16", False)
 
 
-def explain(error, args):
-    """Returns what to tell the user of an error that is no bug; raises a bug again."""
-    reason = str(error) or "Stopped"
-    if "to allocate" in reason:  # as torch says of any device
-        reason = "Out of memory: use a smaller --batch-size"
-    elif "state_dict" in reason:
-        reason = "The networks in this script do not fit the checkpoint (edited?)"
-    elif not isinstance(error, (KeyboardInterrupt, OSError, FloatingPointError)):
-        raise error
-    if "Read-only" in reason:  # file system, as on Kaggle
-        reason += ". Name folders that can be written to: --data-dir and --out-dir"
-    if Path(f"{args.out_dir}/models/checkpoint.pth").exists() and not args.generate:
-        reason += f'. Run {sys.argv[0]} again with --resume --out-dir "{args.out_dir}"'
-    return f"\n{reason}"
-
-
 def main():
     args = parse_args()
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # process 0 prints for all
+    path = f"{args.out_dir}/models/checkpoint.pth"
     checkpoint = {}
-    if args.resume or args.generate:
-        checkpoint, args = load_checkpoint(f"{args.out_dir}/models/checkpoint.pth")
-    elif any(Path(args.out_dir).rglob("*.p[nt]*")):  # .png and .pth
-        sys.exit(f"{args.out_dir} holds a run: add --resume, or another --out-dir.")
+    if args.generate or args.resume and os.path.exists(path):
+        checkpoint, args = load_checkpoint(path)
+    elif os.path.exists(f"{args.out_dir}/models/generator.pth") or os.path.exists(
+        f"{args.out_dir}/images"
+    ):
+        sys.exit(
+            f"{args.out_dir} holds a run. Continue it by --resume, which needs its "
+            "models/checkpoint.pth, or name another --out-dir."
+        )
+    elif args.resume:
+        say(f"There is no run in {args.out_dir} yet, so this starts one.")
     if args.images and Path(args.out_dir).resolve().is_relative_to(args.images):
         sys.exit("--out-dir must not lie in --images: what is in it would be learned.")
-    if TORCHRUN and torch.cuda.is_available() and not args.device:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU per process
+    if TORCHRUN:
+        start_processes(args)
     device = choose_device(args.device)
-    bf16 = has_bfloat16(device) if args.bf16 is None else args.bf16
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # one process prints
     try:
         if args.generate:
-            generate(args, device, checkpoint)
-        else:
-            os.makedirs(f"{args.out_dir}/models", exist_ok=True)
-            if TORCHRUN:
-                distributed.init_process_group(
-                    distributed.get_default_backend_for_device(device),  # NCCL or Gloo
-                    timeout=timedelta(days=1),
-                )
-                if not RANK:
-                    load_data(args)  # once, decodes the images for all processes
-                distributed.barrier()  # wait for it, up to a day
-            data = load_data(args)
-            if len(data) < 6:  # as coverage() needs
-                sys.exit("Fewer than 6 images can be used: name others by --images.")
-            if not args.batch_size:
-                args.batch_size = 16 if len(data) < 6400 else 64  # few: more updates
-            if args.batch_size < PROCESSES:
-                sys.exit("--batch-size must be one image or more per process.")
-            print(
-                f"{len(data):,} images of size {args.image_size}, on {PROCESSES} "
-                f"x {device} in {'bfloat16' if bf16 else 'float32'}"
+            say(f"The images are in {generate(args, device, checkpoint)}.")
+            return
+        data = load_data(args)
+        if not args.batch_size:
+            args.batch_size = 16 if len(data) < 6400 else 64  # few: more updates
+        if not 2 <= args.batch_size <= len(data) or args.batch_size % PROCESSES:
+            sys.exit(
+                f"--batch-size {args.batch_size} does not fit {len(data)} images: a "
+                "batch can have from 2 images up to all of them, as many for each GPU."
             )
-            train(args, device, bf16, data, checkpoint)
-            if TORCHRUN:
-                distributed.destroy_process_group()
-        print(f"The results are in {args.out_dir!a}.")
-    except (Exception, KeyboardInterrupt) as error:
-        sys.exit(explain(error, args))
+        bf16 = has_bfloat16(device) if args.bf16 is None else args.bf16
+        numbers = "bfloat16" if bf16 else "float32"
+        say(
+            f"{len(data):,} images on {device}, in {numbers} and batches of "
+            f"{args.batch_size}"
+        )
+        train(args, device, bf16, data, checkpoint)
+        if TORCHRUN:
+            distributed.destroy_process_group()
+        say(f"The results are in {args.out_dir}.")
+    except (
+        OSError,
+        FloatingPointError,
+        torch.OutOfMemoryError,
+        KeyboardInterrupt,
+    ) as error:  # all others are bugs, and end in a traceback
+        again = subprocess.list2cmdline(["python", *sys.argv, "--resume"])
+        sys.exit(f"\n{str(error) or 'Stopped'}. To go on: {again}")  # Ctrl-C: no text
     finally:
-        if not RANK and not args.generate:
+        if RANK == 0 and not args.generate:
             save_gif(args)
 
 

@@ -438,33 +438,6 @@ class RunTests:
             assert word in text
         assert socket.getdefaulttimeout() == 60  # of a server that falls silent
 
-
-class R1Tests(RunTests):
-    """What the scripts with the R1 penalty promise besides."""
-
-    def test_r1_is_the_squared_gradient_of_each_logit(self):
-        real, logits = torch.ones(8, *self.shape), lambda x, *_: 2 * x.sum((1, 2, 3))
-        penalty = self.module.r1_penalty(logits, real, *self.labels(8))
-        assert abs(penalty / (self.module.R1_WEIGHT * 4 * real[0].numel()) - 1) < 1e-5
-
-
-class SecondDraft:
-    """What the next draft of a script will do otherwise."""
-
-    r1 = (True,)
-
-    def generate_again(self, out, *flags):
-        assert "rename or delete" in call(self.script, *flags, code=1)
-
-    def test_bfloat16_is_used_if_it_is_asked_for(self):
-        for flag, name in ("--bf16", "bfloat16"), ("--no-bf16", "float32"):
-            self.out = self.folder / name
-            assert f" in {name}" in self.train(flag)
-
-
-class ThirdDraft:
-    """What the scripts promise that are in their third draft."""
-
     def generate_again(self, out, *flags):
         old = (out / "generated_grid.png").read_bytes()
         assert "generated_2" in call(self.script, *flags, "--seed 1")
@@ -486,8 +459,10 @@ class ThirdDraft:
         np.testing.assert_array_equal(*grids)
 
     def test_few_images_are_repeated_and_scaled_to_the_range_of_tanh(self):
-        pixels, labels = random_pixels(16, 28, 28, 1), np.zeros(16, int)
-        with mock.patch.object(self.module, "MIN_EPOCH_STEPS", 4):
+        pixels = random_pixels(16, *self.shape[1:], self.shape[0])
+        labels = np.zeros(16, int)
+        few = mock.patch.object(self.module, "MIN_EPOCH_STEPS", 4)
+        with few, mock.patch("torch.rand", torch.ones):  # none is mirrored
             real, *_ = self.batches(self.train_on, pixels, labels, "--batch-size 8")
         images, counts = torch.cat(real).unique(dim=0, return_counts=True)
         assert counts.tolist() == [2] * 16
@@ -511,7 +486,32 @@ class ThirdDraft:
         assert len(load(self.out / "models" / "checkpoint.pth")["history"]) == 2
 
 
-class MnistTest(ThirdDraft, RunTests, Folder):
+class R1Tests(RunTests):
+    """What the scripts with the R1 penalty promise besides."""
+
+    def test_r1_is_the_squared_gradient_of_each_logit(self):
+        real, logits = torch.ones(8, *self.shape), lambda x, *_: 2 * x.sum((1, 2, 3))
+        penalty = self.module.r1_penalty(logits, real, *self.labels(8))
+        assert abs(penalty / (self.module.R1_WEIGHT * 4 * real[0].numel()) - 1) < 1e-5
+
+
+class Bf16Tests(R1Tests):
+    """What the scripts with bfloat16 promise besides."""
+
+    r1 = (True,)
+
+    def test_bfloat16_is_used_if_it_is_asked_for(self):
+        for flag, name in ("--bf16", "bfloat16"), ("--no-bf16", "float32"):
+            self.out = self.folder / name
+            assert f" in {name}" in self.train(flag)
+
+    def test_some_images_are_mirrored(self):
+        pixels, labels = random_pixels(64, *self.shape[1:], 3), np.zeros(64, int)
+        real, *_ = self.batches(self.train_on, pixels, labels)
+        assert (real[0][:, 0, :, 0] > -1).any(1).unique().tolist() == [False, True]
+
+
+class MnistTest(RunTests, Folder):
     script, shape, data_set = "gan_mnist.py", (1, 28, 28), gan_mnist.MNIST
     data_file = "train-images-idx3-ubyte.gz"
     variants = {"mlp": "", "conv": "--model conv"}
@@ -554,7 +554,7 @@ class ClassTests(R1Tests):
             assert y.equal(sees * ((real[:, 0, 0, 0] + 1) * 127.5 / 20).round().long())
 
 
-class FashionTest(ThirdDraft, ClassTests, Folder):
+class FashionTest(ClassTests, Folder):
     script, shape, data_set = "gan_fashion.py", (1, 28, 28), gan_fashion.FashionMNIST
     data_file = "train-images-idx3-ubyte.gz"
     grids = {"plain": (9, 9), "classes": (10, 10)}
@@ -586,7 +586,7 @@ class FashionTest(ThirdDraft, ClassTests, Folder):
         np.testing.assert_allclose(grid[:28, :28], copies[0, 0], atol=0.01)
 
 
-class CifarTest(SecondDraft, ClassTests, Folder):
+class CifarTest(ClassTests, Bf16Tests, Folder):
     script, shape, data_set = "dcgan_cifar10.py", (3, 32, 32), dcgan_cifar10.CIFAR10
     data_file = "cifar-10-python.tar.gz"
     grids = {"plain": (8, 8), "classes": (10, 8)}
@@ -595,13 +595,8 @@ class CifarTest(SecondDraft, ClassTests, Folder):
     def as_torchvision(self, pixels, labels):
         return pixels, labels.tolist()
 
-    def test_some_batches_are_mirrored(self):
-        pixels, labels = random_pixels(64, 32, 32, 3), np.zeros(64, int)
-        real, *_ = self.batches(self.train_on, pixels, labels, "--batch-size 8")
-        assert {(x[..., 0] > -1).any().item() for x in real} == {False, True}
 
-
-class CelebaTest(SecondDraft, R1Tests, Folder):
+class CelebaTest(Bf16Tests, Folder):
     script, shape = "dcgan_celeba.py", (3, 32, 32)
     data_set = dcgan_celeba  # stands in for a class of torchvision's
     data_file = "img_align_celeba.zip"
@@ -638,7 +633,7 @@ class CelebaTest(SecondDraft, R1Tests, Folder):
         args.image_size, args.data_dir = size, self.data
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             data = dcgan_celeba.load_data(args)
-        return data[torch.arange(len(data))].permute(0, 2, 3, 1), printed.getvalue()
+        return data.permute(0, 2, 3, 1), printed.getvalue()
 
     # -- sizes, few images, copies
 
@@ -651,36 +646,43 @@ class CelebaTest(SecondDraft, R1Tests, Folder):
             with self.assertRaisesRegex(ValueError, f"32.*{size}"):
                 dcgan_celeba.Discriminator(32)(images)
 
-    def test_few_images_are_shown_several_times_per_epoch_in_small_batches(self):
+    def test_few_images_are_repeated_and_scaled_to_the_range_of_tanh(self):
         self.save(20)
         with mock.patch.object(dcgan_celeba, "MIN_EPOCH_STEPS", 5):
             real, *_ = self.batches(self.train_on_mine, "--no-flip")
         seen = torch.stack(real)
+        assert seen.min() == -1 and seen.max() == 1
         assert seen.shape == (5, 16, 3, 32, 32)
         counts = seen.flatten(0, 1).unique(dim=0, return_counts=True)[1]
         assert counts.tolist() == [4] * 20
 
     def test_a_batch_larger_than_the_data_is_refused(self):
-        assert "Fewer than 6" in self.train("--limit 5", code=1)
+        self.save(11)
+        assert "12 or more" in self.train_on_mine(code=1)
+        assert "--batch-size" in self.train("--limit 31", code=1)
+        self.train("--limit 12 --batch-size 12")
 
-    def test_some_batches_are_mirrored_unless_that_is_forbidden(self):
+    def test_some_images_are_mirrored(self):
         self.save(64)
-        for flag, expected in ("", {False, True}), ("--no-flip", {False}):
+        for flag, expected in ("", [False, True]), ("--no-flip", [False]):
             self.out = self.folder / f"out{flag}"
-            real, *_ = self.batches(self.train_on_mine, "--batch-size 8", flag)
-            assert {(x[..., 0] > -1).any().item() for x in real} == expected
+            real, *_ = self.batches(self.train_on_mine, "--batch-size 64", flag)
+            mirrored = (real[0][:, 0, :, 0] > -1).any(1)
+            assert mirrored.unique().tolist() == expected
 
     def test_the_copy_ratio_tells_copies_from_new_images(self):
         torch.manual_seed(0)
-        data, new = torch.randint(256, (2, 150, 3, 32, 32)).byte()
-        args = argparse.Namespace(out_dir=self.out)
-        for fake, low, high in (new, 0.9, 1.1), (data.flip(0, 3), 0, 0.05):
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                fake, real = fake[:50] / 127.5 - 1, data[:50] / 127.5 - 1
-                dcgan_celeba.check_copies(args, fake, real, data)
-            assert low <= float(printed.getvalue()[11:15]) <= high
-        grid = read(self.out / "images" / "nearest.png")  # each above its nearest
-        assert (grid[2:98, 2:98] == grid[98:194, 97:1:-1]).all()  # here mirrored
+        training, new = torch.rand(2, 60, 3, 32, 32) * 2 - 1
+        twice = torch.cat([training, training.flip(3)])  # as in some folders
+        small, copies = dcgan_celeba.thumbnails(twice), training.flip(0, 3)
+        for fakes, expected in (new, 1), (copies, 0):
+            ratio = dcgan_celeba.copy_ratio(fakes, training, small)
+            assert abs(ratio - expected) < 0.1
+        data, path = ((twice + 1) * 127.5).byte(), self.folder / "nearest.png"
+        dcgan_celeba.show_nearest(copies[:8], training[:8], data, small, path)
+        grid = read(path)  # a copy above its original, here mirrored
+        assert abs(grid[2:98, 2:98] - grid[100:196, 97:1:-1]).max() <= 1
+        assert not (grid[296:392, 2:98] == grid[394:490, 2:98]).all()
 
     # -- your own images
 
@@ -706,48 +708,60 @@ class CelebaTest(SecondDraft, R1Tests, Folder):
         cut_off = (self.mine / "a.bmp").read_bytes()[:3000]
         (self.mine / "j cut off.bmp").write_bytes(cut_off)
         (self.mine / "j is heic.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+        Image.new("F", (32, 32), 0.5).save(self.mine / "k floats.tif")
         (self.mine / "a caption.txt").touch()  # not counted by --limit
+        for i in range(6):
+            shutil.copy(self.mine / "a.bmp", self.mine / f"z{i}.bmp")
         pixels, text = self.load(self.mine)
-        for words in ("j cut off.bmp", "cannot identify image", "7 x 100 is below"):
+        for words in "j cut off", "cannot identify image", "7 x 100 is", "32-bit float":
             assert words in text and "caption" not in text, text
-        *halves, grey, white, ramp = pixels.numpy()
+        assert "12 images decoded, 4 left out" in text
+        *halves, grey, white, ramp = pixels.numpy()[:6]
         close = functools.partial(np.testing.assert_allclose, atol=6)
         close([x[16, [4, 27]] for x in halves], [[[255, 0, 0], [0, 0, 255]]] * 3)
         assert (grey == 90).all() and (white == 255).all()
         close(ramp[16, [0, 16, 31], 0], [2, 130, 253])
-        assert len(self.load(self.mine, limit=4)[0]) == 4
 
-    def test_images_are_decoded_once_and_again_when_something_changes(self):
-        expected = self.save(5)
-        assert "of 5 decoded" in self.load(self.mine)[1]
+    def test_a_limit_chooses_evenly_and_links_to_folders_are_named(self):
+        expected = self.save(36)
+        pixels, _ = self.load(self.mine, limit=12)
+        assert (pixels.numpy() == expected[::3]).all()
+        (self.mine / "more").symlink_to(self.folder)
         pixels, text = self.load(self.mine)
-        assert (pixels.numpy() == expected).all() and text == ""
-        assert self.load(self.mine, size=64)[0].shape == (5, 64, 64, 3)
-        shutil.copy(self.mine / "000.png", self.mine / "004.png")
-        assert (self.load(self.mine)[0][4].numpy() == expected[0]).all()
+        assert len(pixels) == 36 and "more: a link" in text
 
-    def test_a_failing_disk_stops_the_run_and_is_not_remembered(self):
-        self.save(6)
+    def test_decoded_images_leave_no_file_and_need_free_space(self):
+        self.save(12)
+        pixels, _ = self.load(self.mine)
+        assert not list(self.data.iterdir()) or os.name == "nt"
+        full = mock.patch("shutil.disk_usage", return_value=mock.Mock(free=9999))
+        with full, self.assertRaisesRegex(SystemExit, "--data-dir"):
+            self.load(self.mine)
+
+    def test_a_failing_disk_stops_the_run_and_leaves_nothing(self):
+        self.save(16)
         for place, error, words in (
             ("PIL.Image.open", OSError(5, "Input/output error"), "Input/output"),
             ("PIL.Image.open", KeyboardInterrupt(), "Stopped"),
-            ("tempfile.mkdtemp", OSError(30, "Read-only"), "--data-dir and --out-dir"),
+            ("tempfile.TemporaryFile", OSError(28, "No space left"), "No space left"),
         ):
             with mock.patch(place, side_effect=error):
                 assert words in self.train_on_mine(code=1)
             assert not list(self.data.iterdir())
-        assert "6 images" in self.train_on_mine()
+        assert "16 images" in self.train_on_mine()
 
     def test_folders_that_cannot_be_learned_from_are_refused_by_name(self):
-        assert f"{self.mine} is missing" in self.train_on_mine("--toy", code=1)
+        assert f"{self.mine} is no folder" in self.train_on_mine("--toy", code=1)
         self.mine.mkdir()
         (self.mine / "a.heic").touch()
         assert "HEIC" in self.train_on_mine(code=1)
+        (self.mine / "a.jpg").touch()
+        assert "Only 0 images" in self.train_on_mine(code=1)
         self.out = self.mine / "out"
         assert "must not lie in --images" in self.train_on_mine(code=1)
 
     def test_a_run_finds_its_images_again_from_another_folder(self):
-        self.save(8)
+        self.save(16)
         self.addCleanup(os.chdir, HERE)
         os.chdir(self.folder)
         self.mine = Path("mine")
@@ -759,10 +773,10 @@ class CelebaTest(SecondDraft, R1Tests, Folder):
     # -- CelebA
 
     def test_celeba_is_found_in_every_layout(self):
-        expected = self.save(3, self.folder / "img_align_celeba")
-        for place in ("celeba/img_align_celeba", "img_align_celeba", "zip"):
-            if place == "zip":
-                path = self.data / "img_align_celeba"
+        expected = self.save(12, self.folder / "img_align_celeba")
+        for place in ("celeba/img_align_celeba", "img_align_celeba", ".", "celeba"):
+            if place in (".", "celeba"):  # in the latter case beside no images
+                path = self.data / place / "img_align_celeba"
                 shutil.make_archive(path, "zip", self.folder, "img_align_celeba")
             else:
                 shutil.copytree(self.folder / "img_align_celeba", self.data / place)
@@ -771,7 +785,7 @@ class CelebaTest(SecondDraft, R1Tests, Folder):
             self.data.mkdir()
 
     def test_only_the_whole_archive_is_taken_for_celeba(self):
-        expected = self.save(3, self.folder / "x" / "img_align_celeba")
+        expected = self.save(12, self.folder / "x" / "img_align_celeba")
         archive = Path(shutil.make_archive(self.folder / "x", "zip", self.folder / "x"))
         digest = hashlib.md5(archive.read_bytes()).hexdigest()
 
@@ -794,7 +808,7 @@ class CelebaTest(SecondDraft, R1Tests, Folder):
                 self.load()
             assert (self.load()[0].numpy() == expected).all()
             server.shutdown()
-        assert len(self.load()[0]) == 3  # not downloaded again
+        assert len(self.load()[0]) == 12  # not downloaded again
 
     # -- several processes
 
@@ -828,12 +842,22 @@ class CelebaTest(SecondDraft, R1Tests, Folder):
             text=True,
         )
         assert process.returncode == 0, process.stderr
-        printed = re.findall("An epoch|epoch ./.", process.stdout)  # by one process
-        assert printed == "An epoch,epoch 1/2,epoch 2/2,An epoch,epoch 3/3".split(",")
+        printed = re.findall("has done|epoch ./.", process.stdout)  # by one process
+        assert printed == "epoch 1/2,epoch 2/2,has done,epoch 3/3".split(",")
         (images, weights), (others, same) = map(load, sorted(self.folder.glob("rank*")))
         assert all(map(torch.equal, weights, same))
         epoch = torch.cat(images[:3] + others[:3])
         assert epoch.unique(dim=0).shape == epoch.shape  # no image twice
+
+    def test_processes_learn_from_the_mean_of_their_gradients(self):
+        layer = nn.Linear(1, 1)
+        dcgan_celeba.share_gradients(layer)
+        with (
+            mock.patch.multiple(dcgan_celeba, TORCHRUN=True, PROCESSES=2),
+            mock.patch("torch.distributed.all_reduce", lambda value: value.add_(4)),
+        ):
+            layer(torch.full((1, 1), 2.0)).backward()  # 2 here, 4 elsewhere
+        assert layer.weight.grad == 3
 
 
 if __name__ == "__main__":
