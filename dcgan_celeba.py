@@ -9,10 +9,11 @@ houses from the street. Put them into a folder, with subfolders or without, and 
 
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine
 
-The script decodes all images that Pillow can read, names those that it has to leave
-out, and uses the middle square of each, scaled to 64 x 64 pixels. You see some of them
-in images/real.png. After 20 updates it prints how long an epoch and the whole run will
-take. Ctrl-C stops the run, and the same command with --resume continues it.
+At each start the script decodes all images that Pillow can read (no HEIC). It uses the
+middle square of each, scaled to 64 x 64 pixels, and names damaged images, which it has
+to leave out. You see some of the squares in images/real.png. After 20 updates it prints
+how long an epoch and the whole run of 50 epochs will take. Ctrl-C stops the run, and
+the same command with --resume continues it.
 
 Few images: G learns by updates, and 300 images make only four batches of 64. So if
 there are fewer than 6,400 images, a batch has 16 of them, and an epoch repeats all
@@ -26,23 +27,28 @@ images until it has at least 100 updates. On two CPU cores, at 64 x 64 pixels:
 
 What the numbers mean here, where there are no test images:
 
-- Coverage is of one half of your images (1,000 at most). Before training, the script
-  prints the coverage that the other half scores in place of the fakes. Images are
-  compared as thumbnails of 8 x 8 pixels, so coverage tells whether the fakes are as
-  different from each other as your images are, and nothing about sharpness: fog scores
-  high, too.
+- Coverage is the share of real images that have a fake close by, as before. The real
+  images are one half of yours (1,000 at most), and before training the script prints
+  the coverage that the other half scores in place of the fakes. Images are compared as
+  thumbnails of 8 x 8 pixels. So coverage tells whether the fakes are as different from
+  each other as your images are, and nothing about sharpness: fog scores high, too.
 - The copy ratio compares how far fakes are from their nearest training images with how
   far real images are from their nearest other ones. Near 1, the fakes are new, and
   towards 0 they are copies. images/nearest.png shows both kinds of pairs.
-- With few images D soon knows them all, and the losses look as if D had won. Look at
-  the grids: as long as they get better, train on.
+- With few images D soon knows them all by heart, and the losses look as if D had won:
+  loss_d comes near 0, as in the first line below. Look at the grids: as long as they
+  get better, train on.
 
-                                     loss_d  loss_g  coverage  other images  copy ratio
-    400 photographs, 50 epochs        0.19    3.50      0.98          0.98        1.03
-    23,707 photographs, 25 epochs     0.88    1.10      0.93          0.98        1.04
+                                                   coverage  coverage by
+                                   loss_d  loss_g  by fakes  other images  copy ratio
+    300 photographs, 50 epochs       0.11    3.19      0.96          0.92        1.03
+    23,707 photographs, 6 epochs     0.64    1.49      0.88          0.96        1.12
 
 A larger --image-size adds blocks to both networks: one for 128, two for 256. Each
 doubling makes four times as many pixels, and an update takes about four times as long.
+
+A run that is resumed with more --epochs begins with a higher learning rate than it
+ended with, as the rate falls to 0 at the last epoch. So images may get worse at first.
 
     python dcgan_celeba.py                                      # CelebA, for a GPU
     python dcgan_celeba.py --images FOLDER --out-dir runs/large --image-size 128
@@ -242,7 +248,9 @@ def coverage(real, fake):
     return (nearest_fake < radius).float().mean().item()
 
 
-SAME_IMAGE = 0.2  # two thumbnails that are closer are of the same photograph
+# The same photograph, saved again as a JPEG file, has a thumbnail at a distance of 0.02
+# to 0.2. Different photographs of faces are hardly ever closer than 0.8.
+SAME_IMAGE = 0.2
 
 
 def nearest(images, training, closest=0.0):
@@ -290,13 +298,16 @@ def train_epoch(
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
     torch.manual_seed(args.seed * 10_000 + epoch)  # the same if resumed
-    # An epoch shows each image once, or several times if there are few.
+    # An epoch shows each image once or, if there are few, `repeats` times: after the
+    # division by len(data), the remainder is the index of an image.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data)) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
     total = args.epochs * updates
     step = (epoch - 1) * updates
-    mine = slice(RANK, None, PROCESSES)  # this process's part of a batch, often all
+    # All processes draw the same random numbers, and each uses its part of a batch. If
+    # there is one process, that is all of it.
+    mine = slice(RANK, None, PROCESSES)
     results = []
     for indices in order.split(args.batch_size)[:updates]:
         # The learning rate falls to 0, so that both networks come to rest at the end.
@@ -368,8 +379,8 @@ def train(args, device, bf16, data, checkpoint):
 
     # All grids are drawn from the same latent vectors, so that they can be compared.
     fixed_z = torch.randn(64_000 // args.image_size, args.latent_dim)
-    # Coverage is of one half of the real images (of 1,000 at most, at a size of 64). So
-    # that it can be compared with something, we print what the other half scores.
+    # Coverage is of one half of the real images, 1,000 at most (500 at a size of 128,
+    # for the memory). For comparison we print what the other half scores.
     count = min(len(data) // 2, len(fixed_z))
     shuffled = torch.randperm(len(data))
     real_images = data[shuffled[:count]] / 127.5 - 1
@@ -502,12 +513,12 @@ def find_celeba(data_dir):
 def load_data(args):
     """Returns the training images, uint8 N x 3 x size x size."""
     if args.toy and not args.images:
-        return draw_faces(max(12, args.limit or 600), args.image_size)
+        return draw_faces(max(16, args.limit or 600), args.image_size)
     files = find_images(args.images) if args.images else find_celeba(args.data_dir)
     if not files:
         sys.exit(
-            f"{args.images} is no folder, or has no images that Pillow can read "
-            "(convert HEIC files first). Name another folder by --images."
+            f"{args.images or args.data_dir} is no folder, or has no images that "
+            "Pillow can read (convert HEIC files first). Name another by --images."
         )
     count = min(len(files), args.limit or len(files))
     files = [files[i * len(files) // count] for i in range(count)]  # evenly spread
@@ -525,9 +536,8 @@ def decode_all(files, size, folder):
     free = shutil.disk_usage(folder).free / 1e9
     if needed > free:
         sys.exit(
-            f"The images need {needed:.1f} GB in {folder}, of which {free:.1f} GB are "
-            "free. Name a folder on another disk by --data-dir, or use fewer images, "
-            "--limit, or smaller ones, --image-size."
+            f"The images need {needed:.1f} GB in {folder}, and {free:.1f} GB are free. "
+            "Use another --data-dir, a smaller --image-size or fewer images, --limit."
         )
     say(f"Decoding {len(files):,} images, to {size} x {size}")
     with tempfile.TemporaryFile(dir=folder) as file, ThreadPoolExecutor(4) as pool:
@@ -537,8 +547,8 @@ def decode_all(files, size, folder):
                 say(f"{i:,} of {len(files):,}", end="\r")
         file.flush()
         count = file.tell() // (3 * size**2)
-        if count < 12:  # coverage() needs 6 in each half
-            sys.exit(f"Only {count} images can be used, and it takes 12 or more.")
+        if count < 16:
+            sys.exit(f"Only {count} images can be used, and it takes 16 or more.")
         say(f"{count:,} images decoded, {len(files) - count:,} left out")
         pixels = np.memmap(file, shape=(count, size, size, 3))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
@@ -601,7 +611,7 @@ def start_processes(args):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     distributed.init_process_group()
-    distributed.barrier()  # no process goes on before all have come this far
+    distributed.barrier()  # all have looked for an old run before one begins to write
 
 
 def average_over_processes(value):
@@ -615,8 +625,9 @@ def average_over_processes(value):
 def share_gradients(network):
     """Makes backward() average each gradient over all processes, once it is computed.
 
-    DistributedDataParallel does the same faster, but it wraps a network, and so renames
-    all its weights.
+    R1 calls backward() a second time, on gradients that are averaged already. Averaging
+    these again does not change them. DistributedDataParallel does the same faster, but
+    it wraps a network, and so renames all its weights.
     """
 
     def average_gradient(weight):
@@ -865,16 +876,16 @@ def main():
         data = load_data(args)
         if not args.batch_size:
             args.batch_size = 16 if len(data) < 6400 else 64  # few: more updates
-        if not 2 <= args.batch_size <= len(data) or args.batch_size % PROCESSES:
+        size = args.batch_size
+        if size % PROCESSES or not 2 * PROCESSES <= size <= len(data):
             sys.exit(
-                f"--batch-size {args.batch_size} does not fit {len(data)} images: a "
-                "batch can have from 2 images up to all of them, as many for each GPU."
+                f"--batch-size {size} does not fit {len(data)} images: a "
+                "batch can have from 2 images up to all, and as many for each GPU."
             )
         bf16 = has_bfloat16(device) if args.bf16 is None else args.bf16
         numbers = "bfloat16" if bf16 else "float32"
         say(
-            f"{len(data):,} images on {device}, in {numbers} and batches of "
-            f"{args.batch_size}"
+            f"{len(data):,} images, {size} of them in a batch, on {device} in {numbers}"
         )
         train(args, device, bf16, data, checkpoint)
         if TORCHRUN:

@@ -4,8 +4,8 @@ Read gan_mnist.py and gan_fashion.py first: they explain the game, R1, the numbe
 the printed line and labels. New here are the rules of the DCGAN paper (Radford et al.
 2015), and what makes training fast.
 
-Before that paper, convolutional GANs were hard to train. Its authors found a kind of
-network that trains stably. Here are their rules, each with its reason. In the code, a
+Before that paper, convolutional GANs were hard to train. Its authors found networks
+that train more stably. Here are their rules, each with its reason. In the code, a
 comment names the rule at the first line that follows it.
 
 Rule 1. Strides, no pooling. A pooling layer halves height and width in a fixed way. A
@@ -13,48 +13,48 @@ Rule 1. Strides, no pooling. A pooling layer halves height and width in a fixed 
     stride of 2 doubles them, but both learn how to do it.
 Rule 2. No hidden dense layers. Most weights of D in gan_fashion.py are in its dense
     layer, which has separate weights for each place in the image. A convolution uses
-    the same few weights everywhere: what it learns at one place, it knows at all.
+    the same few weights everywhere: what it learns at one place, it knows at all. (Only
+    G's first and D's last convolution, from and to a single place, are dense in fact.)
 Rule 3. BatchNorm in each layer except three. It keeps the numbers in all layers at one
     scale, so that gradients neither vanish nor explode on their way through many
-    layers. The first exception is the last layer of G, as images need a brightness and
-    a contrast of their own. The second is the first layer of D, which has to see them.
-    The third is the last layer of D: BatchNorm would give the logits of each batch a
-    mean of 0, so that D could not call all fakes of a batch fake.
+    layers. The exceptions are the last layer of G and the first layer of D, as images
+    have a brightness and a contrast of their own, which G has to make and D has to see.
+    D's last layer has none, either: BatchNorm would give a batch of real images and a
+    batch of fakes logits of the same mean.
 Rule 4. ReLU in G, with tanh at its end, as pixels lie in [-1, 1]. LeakyReLU in D: its
     slope is nowhere 0, so that gradients get through D to G.
-Rule 5. Small random weights at the start. Then all fakes are grey and D only guesses,
-    so neither network is ahead.
-Rule 6. Adam with a low learning rate and little momentum. The reason for the latter is
-    in gan_mnist.py.
+Rule 5. Small random weights at the start. Then the last layer of G gives numbers near
+    0, which is grey, and D is far from sure of anything: neither network is ahead.
+Rule 6. Adam with a learning rate of 0.0002 and beta1 of 0.5. The reason for so little
+    momentum is in gan_mnist.py.
 
 Where we differ from the paper:
 
-- The learning rate is 0.002 and beta1 is 0, while the paper has 0.0002 and 0.5. R1
-  keeps D beatable at this higher rate, and both networks learn faster. With the paper's
-  values (--lr 2e-4 --beta1 0.5, and R1_WEIGHT = 0 below) D is far ahead after 7 epochs:
-  loss_d is 0.26 and not 1.20, and the shapes in the grid are more torn.
+- The learning rate is 0.002, beta1 is 0, and there is R1, which keeps D beatable at
+  this higher rate. So both networks learn faster. With --lr 2e-4 --beta1 0.5 and
+  without R1 (R1_WEIGHT = 0 in the code below), D is far ahead after 7 epochs: loss_d is
+  0.26 instead of 1.20, and the shapes in the grid are more torn.
 - Layers have 48 to 192 channels, not 128 to 1024, and kernels of 4 x 4, not 5 x 5, so
-  that a laptop can train them.
-- Images are drawn by the averaged generator.
-- With --conditional, D has an output for each class (a multi-task discriminator, Liu et
-  al. 2019). The first conditional GAN handed the label to D as a further input instead
-  (Mirza & Osindero 2014).
+  that a laptop can train them. Batches have 64 images, not 128.
+- The learning rate falls to 0, images are mirrored at random, and all grids are drawn
+  by the averaged generator.
+- D has ten outputs, one for each class (a multi-task discriminator, Liu et al. 2019).
+  Without --conditional only the first one is used. The first conditional GAN handed the
+  label to D as a further input instead (Mirza & Osindero 2014).
 
-What makes it fast:
+What makes it fast, measured on two cores of an Intel Xeon of 2023:
 
 - Channels last. Usually the numbers of an image lie in memory channel after channel:
   first all of its red, then all of its green, then all of its blue. With channels last,
   all channels of a pixel lie side by side. A convolution needs them together, and so
-  reads memory in longer pieces. The results are the same, apart from rounding. Here it
-  makes an update 1.15 times as fast.
+  reads memory in longer pieces. The results are the same, apart from rounding. An
+  update is 1.15 times as fast.
 - bfloat16, a number format of 16 bits. It has the range of the usual float32, but keeps
   only two to three decimal digits. Within autocast (mixed precision), PyTorch computes
   convolutions in bfloat16. This moves half as many bytes, and newer processors have
-  special units for it. Weights, Adam and R1 stay in float32, as small changes would be
-  lost by rounding. Here it makes an update 1.3 times as fast. It is the default on CPUs
-  that have such units; --no-bf16 turns it off.
-
-"Here" means on two cores of an Intel Xeon of 2023.
+  special units for it. Weights and Adam stay in float32, as small changes would be lost
+  by rounding. An update is 1.35 times as fast, and with both, 1.5 times. bfloat16 is
+  the default on CPUs that have such units; --no-bf16 turns it off.
 
 What to expect from a healthy run, at its last epoch:
 
@@ -62,12 +62,16 @@ What to expect from a healthy run, at its last epoch:
      7 epochs      1.20    0.87      0.75      0.77       0.14      0.97
     50 epochs      0.92    1.03      0.97      0.97       0.02      0.98
 
-D gets better at telling fakes from real photographs, but R1 keeps it unsure: with a
-loss_d of 0.92, p is about 0.63 for real images and 0.37 for fakes, and G goes on
-learning. Colours and shapes look natural, but few objects can be recognised. Coverage
-does not notice that. For scale: other real photographs score 0.98, those of a single
-class between 0.39 (trucks) and 0.96 (birds), and five photographs over and over 0.02.
-So coverage shows only a complete collapse here.
+After 50 epochs D is nearly always on the right side of p = 0.5, but not far from it: a
+loss_d of 0.92 means that p is about 0.63 for real images and 0.37 for fakes. R1 keeps D
+so unsure, and G goes on learning. Colours and shapes look natural, but few objects can
+be recognised.
+
+Coverage does not notice that, as it compares images pixel by pixel, and all that counts
+there is where they are bright and dark. For scale: other real photographs score 0.98;
+birds alone, with their plain backgrounds, still score 0.96, trucks alone 0.39, and five
+photographs over and over 0.02. So a low coverage means collapse, but a high one means
+little.
 
     python dcgan_cifar10.py --epochs 7 --out-dir runs/short             # 10 minutes
     python dcgan_cifar10.py                                             # about an hour
@@ -117,8 +121,8 @@ class Generator(nn.Sequential):
 
     def __init__(self, latent_dim=100):
         super().__init__(
-            # Rule 2: z and the class come as an image of one pixel with latent_dim + 10
-            # channels, so that even the first layer is a transposed convolution.
+            # z and the class come as an image of one pixel, with latent_dim + 10
+            # channels, and the first layer makes 4 x 4 pixels of it (rule 2).
             nn.ConvTranspose2d(latent_dim + 10, 192, 4),  # 192 x 4 x 4
             nn.BatchNorm2d(192),  # rule 3
             nn.ReLU(),  # rule 4
@@ -152,12 +156,13 @@ class Discriminator(nn.Sequential):
             nn.Conv2d(96, 192, 4, 2, 1),  # 192 x 4 x 4
             nn.BatchNorm2d(192),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(192, 10, 4),  # 10 x 1 x 1: a logit for each class
+            nn.Conv2d(192, 10, 4),  # 10 x 1 x 1: a logit for each class (rule 2)
             nn.Flatten(),  # 10
         )
 
     def forward(self, x, labels):
-        return super().forward(x).gather(1, labels[:, None])  # of the image's class
+        # Of the ten logits of an image, the one of its class.
+        return super().forward(x).gather(1, labels[:, None])
 
 
 # ---- training ------------------------------------------------------------------------
@@ -185,6 +190,7 @@ def train_step(
     opt_d.zero_grad()
     loss_d.backward()
     if r1:
+        # Adds the gradients of a second loss to those of loss_d.
         r1_penalty(discriminator, real, labels).backward()
     opt_d.step()
 
@@ -216,7 +222,8 @@ def r1_penalty(discriminator, real, labels):
 
     It is explained in gan_fashion.py. Its weight was found by trying, and is lower here
     (0.05, there 0.25). It is computed outside of autocast, and so in float32: bfloat16
-    is too coarse for the gradient of a gradient.
+    is too coarse for the gradient of a gradient. As there, BatchNorm mixes the images
+    of a batch, so that the gradient at an image has a share of the other ones.
     """
     half = len(real) // 2
     real = real[:half].requires_grad_()

@@ -657,10 +657,10 @@ class CelebaTest(Bf16Tests, Folder):
         assert counts.tolist() == [4] * 20
 
     def test_a_batch_larger_than_the_data_is_refused(self):
-        self.save(11)
-        assert "12 or more" in self.train_on_mine(code=1)
+        self.save(15)
+        assert "16 or more" in self.train_on_mine(code=1)
         assert "--batch-size" in self.train("--limit 31", code=1)
-        self.train("--limit 12 --batch-size 12")
+        self.train("--limit 16 --batch-size 16")
 
     def test_some_images_are_mirrored(self):
         self.save(64)
@@ -710,12 +710,12 @@ class CelebaTest(Bf16Tests, Folder):
         (self.mine / "j is heic.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
         Image.new("F", (32, 32), 0.5).save(self.mine / "k floats.tif")
         (self.mine / "a caption.txt").touch()  # not counted by --limit
-        for i in range(6):
+        for i in range(10):
             shutil.copy(self.mine / "a.bmp", self.mine / f"z{i}.bmp")
         pixels, text = self.load(self.mine)
         for words in "j cut off", "cannot identify image", "7 x 100 is", "32-bit float":
             assert words in text and "caption" not in text, text
-        assert "12 images decoded, 4 left out" in text
+        assert "16 images decoded, 4 left out" in text
         *halves, grey, white, ramp = pixels.numpy()[:6]
         close = functools.partial(np.testing.assert_allclose, atol=6)
         close([x[16, [4, 27]] for x in halves], [[[255, 0, 0], [0, 0, 255]]] * 3)
@@ -723,15 +723,15 @@ class CelebaTest(Bf16Tests, Folder):
         close(ramp[16, [0, 16, 31], 0], [2, 130, 253])
 
     def test_a_limit_chooses_evenly_and_links_to_folders_are_named(self):
-        expected = self.save(36)
-        pixels, _ = self.load(self.mine, limit=12)
+        expected = self.save(48)
+        pixels, _ = self.load(self.mine, limit=16)
         assert (pixels.numpy() == expected[::3]).all()
         (self.mine / "more").symlink_to(self.folder)
         pixels, text = self.load(self.mine)
-        assert len(pixels) == 36 and "more: a link" in text
+        assert len(pixels) == 48 and "more: a link" in text
 
     def test_decoded_images_leave_no_file_and_need_free_space(self):
-        self.save(12)
+        self.save(16)
         pixels, _ = self.load(self.mine)
         assert not list(self.data.iterdir()) or os.name == "nt"
         full = mock.patch("shutil.disk_usage", return_value=mock.Mock(free=9999))
@@ -773,7 +773,7 @@ class CelebaTest(Bf16Tests, Folder):
     # -- CelebA
 
     def test_celeba_is_found_in_every_layout(self):
-        expected = self.save(12, self.folder / "img_align_celeba")
+        expected = self.save(16, self.folder / "img_align_celeba")
         for place in ("celeba/img_align_celeba", "img_align_celeba", ".", "celeba"):
             if place in (".", "celeba"):  # in the latter case beside no images
                 path = self.data / place / "img_align_celeba"
@@ -785,7 +785,7 @@ class CelebaTest(Bf16Tests, Folder):
             self.data.mkdir()
 
     def test_only_the_whole_archive_is_taken_for_celeba(self):
-        expected = self.save(12, self.folder / "x" / "img_align_celeba")
+        expected = self.save(16, self.folder / "x" / "img_align_celeba")
         archive = Path(shutil.make_archive(self.folder / "x", "zip", self.folder / "x"))
         digest = hashlib.md5(archive.read_bytes()).hexdigest()
 
@@ -808,7 +808,7 @@ class CelebaTest(Bf16Tests, Folder):
                 self.load()
             assert (self.load()[0].numpy() == expected).all()
             server.shutdown()
-        assert len(self.load()[0]) == 12  # not downloaded again
+        assert len(self.load()[0]) == 16  # not downloaded again
 
     # -- several processes
 
