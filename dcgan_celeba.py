@@ -32,9 +32,10 @@ What the numbers mean here, where there are no test images:
   the coverage that the other half scores in place of the fakes. Images are compared as
   thumbnails of 8 x 8 pixels. So coverage tells whether the fakes are as different from
   each other as your images are, and nothing about sharpness: fog scores high, too.
-- The copy ratio compares how far fakes are from their nearest training images with how
-  far real images are from their nearest other ones. Near 1, the fakes are new, and
-  towards 0 they are copies. images/nearest.png shows both kinds of pairs.
+- The copy ratio, of thumbnails as well, compares how far fakes are from their nearest
+  training images with how far real images are from their nearest other ones. Near 1,
+  the fakes are new, and towards 0 they are copies. images/nearest.png shows both kinds
+  of pairs.
 - With few images D soon knows them all by heart, and the losses look as if D had won:
   loss_d comes near 0, as in the first line below. Look at the grids: as long as they
   get better, train on.
@@ -55,7 +56,7 @@ ended with, as the rate falls to 0 at the last epoch. So images may get worse at
     python dcgan_celeba.py --resume --epochs 100 --out-dir runs/mine    # train longer
     python dcgan_celeba.py --generate 100 --out-dir runs/mine   # after training
     python dcgan_celeba.py --toy --out-dir runs/faces_toy       # with no download
-    torchrun --nproc-per-node 2 dcgan_celeba.py                 # CelebA, on two GPUs
+    torchrun --nproc-per-node 2 dcgan_celeba.py  # two GPUs, once CelebA is downloaded
 
 To use the averaged generator elsewhere, copy this file, common.py and, from the folder
 models, generator.pth:
@@ -138,7 +139,7 @@ class Discriminator(nn.Sequential):
     """
 
     def __init__(self, size=64):
-        channels = 48  # at most 384 channels, not 512 as in G, to save time
+        channels = 48  # three quarters of those of G, to save time
         layers = [nn.Conv2d(3, 48, 4, 2, 1), nn.LeakyReLU(0.2)]  # 48 x 32 x 32
         while channels < 6 * size:  # 96 x 16 x 16, then 192 x 8 x 8, then 384 x 4 x 4
             layers += [
@@ -274,10 +275,9 @@ def copy_ratio(fakes, real, training):
     the median distance of real images from their nearest other training image. fakes
     and real: N x C x H x W; training: the thumbnails of all training images.
     """
-    distance = nearest(fakes, training).values.median()
     # Each real image is among the training images, and in some folders even twice.
     distance_of_real = nearest(real, training, SAME_IMAGE).values.median()
-    return distance / distance_of_real
+    return nearest(fakes, training).values.median() / distance_of_real
 
 
 def show_nearest(fakes, real, data, training, path):
@@ -529,7 +529,8 @@ def decode_all(files, size, folder):
     """Decodes images into a file. Returns them as a tensor, uint8 N x 3 x size x size.
 
     The file lies in folder, but has no name: it vanishes when the script ends in
-    whatever way. The tensor is mapped to it: only what is read takes memory.
+    whatever way. The tensor is mapped to it, which keeps it alive until then, and only
+    what is read takes memory. With several GPUs each process makes a file of its own.
     """
     os.makedirs(folder, exist_ok=True)
     needed = len(files) * 3 * size**2 * PROCESSES / 1e9
@@ -587,7 +588,7 @@ def decode(file, size):
 def draw_faces(count, size):
     """Draws synthetic faces of ellipses, random in colours, place, size and angle."""
     torch.manual_seed(0)
-    vary = RandomAffine(10, (0.08, 0.08), (0.8, 1.2))  # turn, move, resize
+    vary = RandomAffine(10, (0.08, 0.08))  # turn, move
     images = []
     for _ in range(count):
         image = Image.new("RGB", (64, 64))
@@ -789,7 +790,7 @@ def parse_args(**settings):
     flag(
         "--batch-size", type=positive, help="images per step (64; if there are few: 16)"
     )
-    flag("--lr", type=float, default=4e-4, help="first learning rate (%(default)s)")
+    flag("--lr", type=float, help="first learning rate (4e-4; toy 1e-3)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")
     flag("--latent-dim", type=positive, default=100, help="size of z (%(default)s)")
     flag(
@@ -811,6 +812,8 @@ def parse_args(**settings):
     parser.set_defaults(**settings)
     args = parser.parse_args()
     args.epochs = args.epochs or (5 if args.toy else 50)
+    if args.lr is None:
+        args.lr = 1e-3 if args.toy else 4e-4
     if not (args.lr > 0 and 0 <= args.beta1 < 1 and 0 <= args.seed < 2**32):
         parser.error(
             "--lr has to be above 0, --beta1 in [0, 1) and --seed in [0, 2**32), not "
@@ -883,9 +886,9 @@ def main():
                 "batch can have from 2 images up to all, and as many for each GPU."
             )
         bf16 = has_bfloat16(device) if args.bf16 is None else args.bf16
-        numbers = "bfloat16" if bf16 else "float32"
         say(
-            f"{len(data):,} images, {size} of them in a batch, on {device} in {numbers}"
+            f"{len(data):,} images, {size} of them in a batch, on {device} in "
+            f"{'bfloat16' if bf16 else 'float32'}"
         )
         train(args, device, bf16, data, checkpoint)
         if TORCHRUN:
