@@ -62,6 +62,7 @@ What to expect from a healthy run, at its last epoch:
      7 epochs      1.20    0.87      0.75      0.77       0.14      0.97
     50 epochs      0.92    1.03      0.97      0.97       0.02      0.98
 
+(The second line was measured when batches, and not single images, were mirrored.)
 After 50 epochs D is nearly always on the right side of p = 0.5, but not far from it: a
 loss_d of 0.92 means that p is about 0.63 for real images and 0.37 for fakes. R1 keeps D
 so unsure, and G goes on learning. Colours and shapes look natural, but few objects can
@@ -274,8 +275,8 @@ def train_epoch(
         for opt in opt_d, opt_g:
             opt.param_groups[0]["lr"] = args.lr * (1 - step / total)
         real = data[indices] / 127.5 - 1  # from [0, 255] to [-1, 1], as fakes are
-        # Half of the images are mirrored, which gives D more variety to learn from.
-        mirror = torch.rand(len(real), 1, 1, 1, device=data.device) < 0.5
+        # Half of the images are mirrored: more variety for D to learn from.
+        mirror = torch.rand(args.batch_size, 1, 1, 1, device=data.device) < 0.5
         real = torch.where(mirror, real.flip(3), real)
         z = torch.randn(args.batch_size, args.latent_dim, device=data.device)
         y = labels[indices]

@@ -726,9 +726,10 @@ class CelebaTest(Bf16Tests, Folder):
         expected = self.save(48)
         pixels, _ = self.load(self.mine, limit=16)
         assert (pixels.numpy() == expected[::3]).all()
-        (self.mine / "more").symlink_to(self.folder)
-        pixels, text = self.load(self.mine)
-        assert len(pixels) == 48 and "more: a link" in text
+        if os.name != "nt":  # where only administrators may make links
+            (self.mine / "more").symlink_to(self.folder)
+            pixels, text = self.load(self.mine)
+            assert len(pixels) == 48 and "more: a link" in text
 
     def test_decoded_images_leave_no_file_and_need_free_space(self):
         self.save(16)
