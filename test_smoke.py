@@ -1,7 +1,9 @@
-"""Tests of what a user sees. Run them with  python -m unittest  (or pytest).
+"""Tests of the four scripts. Run them with  python -m unittest  (or pytest).
 
-They run the real commands on --toy images or on small files written here, most of them
-by calling main(), as a process takes seconds to start. Nothing is downloaded.
+The lesson is tested by writing it out: the same epoch, average, coverage, grids and
+walks are computed here from their formulas, and compared. Files, flags and faults are
+tested by running the real commands on --toy images or on small files written here, most
+of them by calling main(), as a process takes seconds to start. Nothing is downloaded.
 """
 
 import argparse
@@ -10,10 +12,8 @@ import copy
 import csv
 import functools
 import hashlib
-import http.server
 import importlib
 import io
-import math
 import os
 import re
 import shutil
@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 import unittest
 import warnings
 from pathlib import Path
@@ -36,7 +35,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits as bce
+from torch.optim import SGD
 
 import dcgan_celeba
 import dcgan_cifar10
@@ -45,6 +44,9 @@ import gan_mnist
 from common import init_weights, save_grid
 
 HERE = Path(__file__).resolve().parent
+# A short run on the CPU, where a resumed run ends in the same bytes.
+FLAGS = """--toy --limit 200 --batch-size 32 --latent-dim 7 --epochs 2 --sample-every 3
+    --beta1 0.4 --seed 1 --device cpu"""
 
 
 def call(script, *flags, code=0):
@@ -79,11 +81,31 @@ def load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def random_pixels(*shape):
-    """Returns random bytes, in images N x H x W x C with a left edge of zeros."""
-    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    pixels[:, :, 0] = 0
-    return pixels
+def close(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=atol)
+
+
+def distances(image, images):
+    """The distances of an image to each of several, all given as rows of numbers."""
+    return (images - image).norm(dim=1).sort().values
+
+
+def coverage_by_hand(real, fakes):
+    covered = [
+        distances(image, fakes)[0] < distances(image, real)[5]  # [0] is to itself
+        for image in real
+    ]
+    return sum(covered) / len(real)
+
+
+def descend(network, rate):
+    for weight in network.parameters():
+        weight.data -= rate * weight.grad
+
+
+def median_distance(images, training):
+    nearest = sorted(distances(image, training)[0] for image in images)
+    return nearest[(len(nearest) - 1) // 2]
 
 
 class Folder(unittest.TestCase):
@@ -94,46 +116,60 @@ class Folder(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.folder)
         self.out = self.folder / "out"
 
+    def assert_grid(self, path, images, columns):
+        """Asserts that a PNG file shows these images."""
+        save_grid(images, self.folder / "expected.png", columns)
+        expected = read(self.folder / "expected.png")
+        np.testing.assert_allclose(read(path), expected, atol=1)
+
 
 class CommonTest(Folder):
     def test_a_grid_shows_every_pixel_as_it_is(self):
-        images = torch.rand(5, 3, 28, 28) * 2.2 - 1.1  # what is outside is clipped
-        save_grid(images, self.out / "grid.png", columns=3)
-        grid = read(self.out / "grid.png")
-        assert grid.shape == (2 * 86 + 2, 3 * 86 + 2, 3)
-        shown = grid[2:86, 88:172]  # the second image, enlarged without smoothing
-        expected = images[1].clamp(-1, 1).permute(1, 2, 0) * 127.5 + 127.5
-        expected = expected.repeat_interleave(3, 0).repeat_interleave(3, 1)
-        np.testing.assert_allclose(shown, expected, atol=0.51)
+        for size, scale in (28, 3), (64, 1):
+            images = torch.rand(5, 3, size, size) * 2.2 - 1.1  # some is clipped
+            save_grid(images, self.out / "grid.png", columns=3)
+            grid, cell = read(self.out / "grid.png"), scale * size + 2
+            assert grid.shape == (2 * cell + 2, 3 * cell + 2, 3)
+            shown = grid[2:cell:scale, cell + 2 : 2 * cell : scale]  # the second image
+            expected = (images[1].clamp(-1, 1).permute(1, 2, 0) + 1) * 127.5
+            np.testing.assert_allclose(shown, expected, atol=0.51)
+
+    def test_what_is_no_grid_is_refused(self):
+        for shape in (3, 8, 8), (1, 2, 8, 8), (0, 3, 8, 8), (1, 1, 8, 8):
+            with self.assertRaises(ValueError):
+                save_grid(torch.zeros(shape), self.out / "grid.png", len(shape) - 4)
 
     def test_weights_are_initialised_as_the_dcgan_paper_says(self):
         torch.manual_seed(0)
         for layer in (
-            nn.Linear(200, 200),
-            nn.Conv2d(64, 64, 4),
-            nn.ConvTranspose2d(64, 64, 4),
-            nn.BatchNorm2d(5000),
+            *(nn.Linear(200, 200), nn.Conv2d(64, 64, 4), nn.ConvTranspose2d(64, 64, 4)),
+            *(nn.BatchNorm1d(5000), nn.BatchNorm2d(5000)),
         ):
+            nn.init.ones_(layer.bias)
             layer.apply(init_weights)
             mean = int("BatchNorm" in str(layer))
             assert abs(layer.weight.mean() - mean) < 0.002, layer
             assert abs(layer.weight.std() - 0.02) < 0.002
             assert not layer.bias.any()
 
+    def test_each_script_runs_by_itself(self):
+        commands = [[sys.executable, file, "-h"] for file in HERE.glob("*gan_*.py")]
+        for process in [subprocess.Popen(each, stdout=-1) for each in commands]:
+            assert b"--generate" in process.communicate()[0]
 
-class RunTests:
-    """What each of the scripts promises; a class per script fills it in.
 
-    All tests of a class share a short toy run of each variant.
+class Script:
+    """What each of the four scripts promises; a class for each script fills it in.
+
+    All tests of a class share a short run of each of its variants, in self.runs.
     """
 
-    flags = (  # on the CPU, where a resumed run ends in the same bytes
-        "--toy --limit 200 --batch-size 32 --latent-dim 7 --epochs 2 --sample-every 3 "
-        "--device cpu"
-    )
-    variants = {"plain": "", "classes": "--conditional"}
-    kept = "--conditional"
-    bad_flags = ()
+    variants, flags, bad_flags = {"plain": ""}, FLAGS, ()
+    g_steps, mirrored, r1, dropout = 1, (False,), 0, {}
+    # Of --generate's grid, of walks (rows, columns), and of the coverage of an epoch.
+    drawn, walk, fakes = 64, (8, 8), 1000
+    real_columns = 8
+    numbers = "loss_d loss_g acc_real acc_fake fool_rate"
     files = """images/real.png images/epoch_000.png images/epoch_002.png losses.png
         models/generator.pth models/discriminator.pth models/checkpoint.pth
         history.csv progress.gif"""
@@ -141,251 +177,311 @@ class RunTests:
     @classmethod
     def setUpClass(cls):
         cls.module = importlib.import_module(cls.script.removesuffix(".py"))
-        if hasattr(cls.module, "MIN_EPOCH_STEPS"):  # 100 take too long
-            patch = mock.patch.object(cls.module, "MIN_EPOCH_STEPS", 1)
-            patch.start()
-            cls.addClassCleanup(patch.stop)
+        few = mock.patch.object(cls.module, "MIN_EPOCH_STEPS", 1)  # 100 take too long
+        few.start()
+        cls.addClassCleanup(few.stop)
         cls.runs = Path(tempfile.mkdtemp())
         cls.addClassCleanup(shutil.rmtree, cls.runs)
-        cls.default, cls.last = list(cls.variants)[0], list(cls.variants)[-1]
-        cls.printed = {}
-        for name, flags in cls.variants.items():
-            flags = cls.flags, flags, "--out-dir", cls.runs / name
-            cls.printed[name] = call(cls.script, *flags)
+        cls.printed = {
+            variant: call(cls.script, cls.flags, flags, "--out-dir", cls.runs / variant)
+            for variant, flags in cls.variants.items()
+        }
 
     def setUp(self):
         super().setUp()
-        # Plots and 1,000 fakes take most of a short run; setUpClass made real ones.
-        all_fakes = self.module.sample
-
-        def sample(generator, z, *labels):
-            images = all_fakes(generator, z[:100], *(y[:100] for y in labels))
-            return images.repeat(10, 1, 1, 1)[: len(z)]
-
-        self.quick = mock.patch.multiple(
-            self.module, sample=sample, plot_history=mock.DEFAULT
-        )
-        self.quick.start()
-        self.addCleanup(self.quick.stop)
+        # Curves take most of the time of a short run, and setUpClass has drawn some.
+        no_curves = mock.patch.object(self.module, "plot_history")
+        no_curves.start()
+        self.addCleanup(no_curves.stop)
 
     def copy_run(self):
-        """Copies the default run to self.out; returns the path of its checkpoint."""
-        shutil.copytree(self.runs / self.default, self.out)
+        """Copies the first variant's run to self.out. Returns its checkpoint's path."""
+        shutil.copytree(self.runs / [*self.variants][0], self.out)
         return self.out / "models" / "checkpoint.pth"
 
     def train(self, *flags, code=0):
-        """A run of one epoch of three updates in the new folder self.out."""
-        flags = (self.flags, "--limit 96 --epochs 1", *flags, "--out-dir", self.out)
+        """Trains for one epoch of two updates in the new folder self.out."""
+        flags = self.flags, "--limit 64 --epochs 1", *flags, "--out-dir", self.out
         return call(self.script, *flags, code=code)
-
-    def train_on(self, pixels, labels, *flags, code=0):
-        """A run of one epoch on images that torchvision is made to read."""
-
-        def read_files(data_set, *_, **__):
-            data_set.data, data_set.targets = self.as_torchvision(pixels, labels)
-
-        with mock.patch.object(self.data_set, "__init__", read_files):
-            flags = ("--epochs 1 --batch-size 32", *flags, "--out-dir", self.out)
-            return call(self.script, *flags, code=code)
-
-    def as_torchvision(self, pixels, labels):
-        """Returns images, uint8 N x H x W x C, and labels, as the data set has them."""
-        return torch.from_numpy(pixels[..., 0]), torch.from_numpy(labels)
 
     def resume(self, *flags, code=0):
         return call(self.script, "--resume", *flags, "--out-dir", self.out, code=code)
 
-    def batches(self, run, *flags):
-        """Returns a run's batches: what it passes to train_step from real images on."""
-        seen, train_step = [], self.module.train_step
-
-        def record(*args):
-            seen.append(copy.deepcopy(args[4:]))
-            return train_step(*args)
-
-        with mock.patch.object(self.module, "train_step", record):
-            run(*flags)
-        return list(zip(*seen))
+    # -- what differs between the scripts
 
     def networks(self):
-        """Yields an untrained generator, for z of 7, and discriminator per variant."""
-        yield self.module.Generator(7), self.module.Discriminator()
+        """Returns pairs of an untrained generator, for z of 7, and discriminator."""
+        return [(self.module.Generator(7), self.module.Discriminator())]
+
+    def untrained(self, variant):
+        """Returns the pair with which a run begins, if the seed has just been set."""
+        generator, discriminator = self.networks()[0]
+        return generator.apply(init_weights), discriminator.apply(init_weights)
+
+    def epoch_inputs(self, data):
+        """Returns what train_epoch() takes between the epoch and the networks."""
+        return (data.repeat(2, 1, 1, 1),)
 
     def labels(self, count):
         """Returns what networks take besides images: labels in a tuple, or ()."""
         return ()
 
-    # -- what a run gives
+    def labels_of_fakes(self, variant, count):
+        return ()
 
-    def test_a_run_writes_its_files_and_prints_what_is_in_them(self):
-        for name, text in self.printed.items():
-            out = self.runs / name
-            files = {file.relative_to(out).as_posix() for file in out.rglob("*.*")}
-            assert files == set(self.files.split())
-            height, width, _ = read(out / "images" / "epoch_002.png").shape
-            cell = 3 * self.shape[1] + 2
-            assert (height // cell, width // cell) == self.grids[name]
-            with Image.open(out / "progress.gif") as picture:
-                assert picture.n_frames == 2 and picture.size == (width, height)
-            assert "200 images" in text and "LOW COVERAGE" in text  # it learned little
-            rows = csv.DictReader((out / "history.csv").read_text().splitlines())
-            lines = re.findall("^epoch.*", text, re.M)
-            for i, (line, row) in enumerate(zip(lines, rows, strict=True), 1):
-                assert f"epoch {i}/2  " in line
-                for key in set(row) - {"epoch", "seconds", "images_per_s"}:
-                    shown = re.search(f"  {key} (\\S+)  ", line)[1]
-                    assert abs(float(shown) - float(row[key])) < 0.006, key
-                images = float(row["seconds"]) * float(row["images_per_s"])
-                assert round(images) == 6 * 32
+    def rows(self, images):
+        """Returns images as the rows of numbers by which coverage compares them."""
+        return images.flatten(1)
 
-    def test_a_run_stopped_by_ctrl_c_ends_as_if_it_had_not_been(self):
-        self.quick.stop()
-        (self.out / "history.csv").mkdir(parents=True)  # cannot be written
-        flags = self.flags, self.variants[self.last], "--out-dir", self.out
-        with mock.patch.object(
-            self.module, "print_epoch", side_effect=KeyboardInterrupt
-        ):
-            text = call(self.script, *flags, code=1)
-        assert "Warning" in text and "--resume" in text and str(self.out) in text
-        assert (self.out / "progress.gif").exists()
-        text = self.resume("--device cpu")
-        assert re.search("has done 1 of 2 (.*\n)*epoch 2/2 ", text)
-        for name in self.files.split()[:6]:  # the others hold times
-            old, new = self.runs / self.last / name, self.out / name
-            if name.endswith("png"):
-                assert old.read_bytes() == new.read_bytes(), name
-            else:
-                torch.testing.assert_close(load(old), load(new), rtol=0, atol=0)
+    def load_real(self, data, targets, *inputs):
+        """Returns what load_data() makes of images that torchvision has read."""
 
-    def test_a_script_runs_by_itself(self):
-        help_text = subprocess.check_output([sys.executable, HERE / self.script, "-h"])
-        assert b"--generate" in help_text
+        def read_files(data_set, *_, **__):
+            data_set.data, data_set.targets = data, targets
 
-    def test_generate_writes_n_images_and_nothing_else_into_a_new_folder(self):
-        for variant in self.variants:
+        args = argparse.Namespace(toy=False, data_dir="", limit=9)
+        with mock.patch.object(self.data_set, "__init__", read_files):
+            return self.module.load_data(args, *inputs)
+
+    def repeated(self, flag):
+        """Returns the inputs of an epoch of at least 7 updates on 200 images."""
+        self.out = self.folder / f"out {flag}"
+        stop = mock.patch.object(
+            self.module, "train_epoch", side_effect=KeyboardInterrupt
+        )
+        with stop as train_epoch, mock.patch.object(self.module, "MIN_EPOCH_STEPS", 7):
+            self.train("--limit 200", flag, code=1)
+        return train_epoch.call_args.args
+
+    # -- the lesson
+
+    def test_an_epoch_is_what_the_formulas_say(self):
+        torch.set_default_dtype(torch.float64)  # so that rounding does not matter
+        self.addCleanup(torch.set_default_dtype, torch.float32)
+        torch.manual_seed(5)
+        data = torch.randint(256, (12, *self.shape), dtype=torch.uint8)
+        args = argparse.Namespace(seed=3, epochs=2, batch_size=4, latent_dim=7, lr=0.02)
+        args.g_steps = self.g_steps
+        cases = [(pair, flip) for flip in self.mirrored for pair in self.networks()]
+        for networks, args.flip in cases:
+            trained = *networks, copy.deepcopy(networks[0])
+            by_hand = copy.deepcopy(trained)
+            opts = [SGD(network.parameters(), 9) for network in networks]
+            sizes = {"R1_INTERVAL": 2, "MIN_EPOCH_STEPS": 6}
+            with mock.patch.multiple(self.module, **sizes, create=True):
+                inputs = *self.epoch_inputs(data), *trained, *opts
+                row = self.module.train_epoch(args, 2, *inputs)
+            means = self.epoch_by_hand(args, data, *by_hand)
+            for network, other in zip(trained, by_hand, strict=True):
+                close(network.state_dict(), other.state_dict())
+            for i, name in enumerate(self.numbers.split()):
+                assert abs(row[name] - means[i]) < 1e-4, name
+            assert abs(row["images_per_s"] * row["seconds"] - 24) < 0.01
+
+    def epoch_by_hand(self, args, data, generator, discriminator, average):
+        """The second epoch of two, in which 12 images make 6 batches of 4."""
+        labels, results = self.labels(12), []
+        torch.manual_seed(args.seed * 10_000 + 2)
+        order = torch.randperm(24) % 12
+        for step in range(6, 12):
+            rate = args.lr * (12 - step) / 12
+            chosen = order[4 * step - 24 :][:4]
+            real = data[chosen] / 255 * 2 - 1
+            if args.flip:
+                mirror = torch.rand(4) < 0.5
+                real[mirror] = real[mirror].flip(3)
+            z = torch.randn(4, 7)
+            y = [each[chosen] for each in labels]
+
+            fake = generator(z, *y)
+            p_real = discriminator(real, *y).sigmoid()
+            p_fake = discriminator(fake.detach(), *y).sigmoid()
+            loss_d = -p_real.log().mean() - (1 - p_fake).log().mean()
+            if step % args.g_steps == 0:
+                discriminator.zero_grad()
+                loss_d.backward()
+                if self.r1 and step % (2 * args.g_steps) == 0:
+                    half = real[:2].requires_grad_()
+                    logits = discriminator(half, *(each[:2] for each in y)).sum()
+                    (slope,) = torch.autograd.grad(logits, half, create_graph=True)
+                    (16 * self.r1 * slope.square().sum() / 2).backward()
+                descend(discriminator, rate)
+
+            p_new = discriminator(fake, *y).sigmoid()
+            loss_g = -p_new.log().mean()
+            generator.zero_grad()
+            loss_g.backward(inputs=[*generator.parameters()])
+            descend(generator, rate)
+
+            keep = (step + 1) / (step + 10)
+            states = average.state_dict().values(), generator.state_dict().values()
+            for old, new in zip(*states, strict=True):
+                if old.is_floating_point():
+                    old.copy_(keep * old + (1 - keep) * new)
+            rates = p_real > 0.5, p_fake < 0.5, p_new > 0.5
+            results.append([loss_d, loss_g, *(each.float().mean() for each in rates)])
+        return torch.tensor(results).mean(0)
+
+    def test_the_average_spans_about_500_updates(self):
+        average, generator = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+        generator.weight.data.fill_(3)
+        self.module.update_average(average, generator, 10_000)  # begins at 1
+        assert abs(average.weight - (1 + 0.002 * 2)) < 1e-6
+
+    def test_coverage_is_what_its_definition_says(self):
+        torch.manual_seed(0)
+        shapes = torch.randn(10, *self.shape).repeat(5, 1, 1, 1)
+        real, fakes = shapes + torch.randn(2, 50, *self.shape)
+        half = fakes[torch.arange(50) % 10 < 5]  # the other shapes are missing
+        for images in fakes, half, real + 9:
+            expected = coverage_by_hand(self.rows(real), self.rows(images))
+            assert abs(self.module.coverage(real, images) - expected) < 1e-6
+
+    def test_slopes_dropout_and_r1_are_as_documented(self):
+        for generator, discriminator in self.networks():
+            for layer in *generator, *discriminator:
+                assert getattr(layer, "negative_slope", 0.2) == 0.2
+            dropped = [layer.p for layer in discriminator if hasattr(layer, "p")]
+            assert dropped == self.dropout.get(type(discriminator).__name__, [])
+        if self.r1:
+            assert self.module.R1_INTERVAL == 16
+            assert self.module.R1_WEIGHT == 16 * self.r1
+
+    def test_samples_are_drawn_in_evaluation_mode_and_change_nothing(self):
+        for generator, _ in self.networks():
+            generator(3 + torch.randn(8, 7), *self.labels(8))  # moves its statistics
+            before, z = copy.deepcopy(generator), torch.randn(501, 7)
+            images = self.module.sample(generator, z, *self.labels(501))
+            assert generator.training and not images.requires_grad
+            close(generator.state_dict(), before.state_dict())
+            close(images, before.eval()(z, *self.labels(501)).detach())
+            assert images.shape == (501, *self.shape) and images.abs().max() <= 1
+
+    def test_a_run_begins_at_its_seed_and_reports_its_averaged_generator(self):
+        data, labels = self.toy_images()
+        for variant, (rows, columns) in self.grids.items():
+            images = self.runs / variant / "images"
+            checkpoint = load(self.runs / variant / "models" / "checkpoint.pth")
+            torch.manual_seed(1)
+            generator, _ = self.untrained(variant)
+            z, order = torch.randn(self.fakes, 7), torch.randperm(200)
+            y = self.labels_of_fakes(variant, self.fakes)
+            first = self.module.sample(generator, z, *y)
+            generator.load_state_dict(checkpoint["average"])
+            last = self.module.sample(generator, z, *y)
+            for name, fakes in ("epoch_000.png", first), ("epoch_002.png", last):
+                self.assert_grid(images / name, fakes[: rows * columns], columns)
+            real, shown = self.real_images(data[order], data, labels)
+            self.assert_grid(images / "real.png", shown / 127.5 - 1, self.real_columns)
+            real = self.rows(real / 127.5 - 1)
+            expected = coverage_by_hand(real, self.rows(last)[: len(real)])
+            assert abs(checkpoint["history"][-1]["coverage"] - expected) < 1e-6
+            for opt in checkpoint["opt_g"], checkpoint["opt_d"]:
+                assert opt["param_groups"][0]["betas"] == (0.4, 0.999)
+                assert all("exp_avg_sq" in each for each in opt["state"].values())
+
+    def test_generate_draws_a_grid_walks_and_images_from_the_average(self):
+        for variant, (rows, columns) in self.grids.items():
             out = self.folder / variant
             shutil.copytree(self.runs / variant / "models", out / "models")
             flags = "--generate 13 --out-dir", out, "--data-dir", self.folder
             call(self.script, *flags)
-            self.generate_again(out, *flags)
-            files = sorted((out / "generated").rglob("*.*"), key=lambda file: file.name)
-            for i, file in enumerate(files):
-                k = i % 10
-                folder = f"{k}_{self.letters[k]}" if variant == "classes" else ""
-                assert file == out / "generated" / folder / f"{i:05d}.png"
-                assert read(file).size == math.prod(self.shape)
-            assert len({file.read_bytes() for file in files}) == 13
-            for name in ("generated_grid.png", "latent_walk.png"):
-                assert read(out / name).size > 64 * 9 * math.prod(self.shape)
+            generator, _ = self.untrained(variant)
+            average = load(out / "models" / "checkpoint.pth")["average"]
+            generator.load_state_dict(average)
+            sample = functools.partial(self.module.sample, generator)
+            torch.manual_seed(1)
+            y = self.labels_of_fakes(variant, self.drawn)
+            grid = sample(torch.randn(self.drawn, 7), *y)[: rows * columns]
+            self.assert_grid(out / "generated_grid.png", grid, columns)
+            starts, ends = torch.randn(2, self.walk[0], 1, 7)
+            turn = torch.linspace(0, 90, self.walk[1]).deg2rad()[:, None]
+            walk = (starts * turn.cos() + ends * turn.sin()).flatten(0, 1)
+            walk = sample(walk, *self.labels_of_fakes(variant, len(walk)))
+            self.assert_grid(out / "latent_walk.png", walk, self.walk[1])
+            y = [torch.arange(13) % (max(each) + 1) for each in y]
+            images = sample(torch.randn(13, 7), *y)
+            assert len([*(out / "generated").rglob("*.*")]) == 13
+            for i, image in enumerate(images):
+                k = f"{i % 10}_{self.names[i % 10]}" if variant == "classes" else ""
+                shown = read(out / "generated" / k / f"{i:05d}.png").flatten()
+                expected = ((image.permute(1, 2, 0) + 1) * 127.5).flatten()
+                np.testing.assert_allclose(shown, expected, atol=0.6)
+        assert "generated_2" in call(self.script, *flags, "--seed 2")
+        self.assert_grid(out / "generated_grid.png", grid, columns)
+        with self.assertRaises(AssertionError):  # another seed draws other images
+            self.assert_grid(out / "generated_grid_2.png", grid, columns)
 
     def test_the_docstrings_lines_load_the_averaged_generator(self):
         code = textwrap.dedent(self.module.__doc__.split("generator.pth:\n")[1])
-        checkpoint, names = load(self.copy_run()), {}
+        average, names = load(self.copy_run())["average"], {}
         path = self.out / "models" / "generator.pth"
         code = code.replace("generator.pth", path.as_posix()).replace("100", "7")
         exec(code.replace("size=64", "size=32"), names)
         assert names["images"].shape == (64, *self.shape)
-        for name, value in names["generator"].state_dict().items():
-            assert value.equal(checkpoint["average"][name])
-        assert not value.equal(checkpoint["generator"][name])
+        close(names["generator"].state_dict(), average)
 
-    # -- what the lesson's functions promise to whoever copies them
+    # -- runs and resuming
 
-    def test_train_step_follows_its_formulas(self):
-        torch.manual_seed(0)
-        close = torch.testing.assert_close
-        for networks in self.networks():
-            for layer in networks[1]:
-                if isinstance(layer, nn.Dropout):
-                    layer.p = 0.0
-            old_g, old_d = copy.deepcopy(networks)
-            opts = [torch.optim.SGD(network.parameters(), 0.1) for network in networks]
-            real, z, y = (
-                torch.rand(32, *self.shape),
-                torch.randn(32, 7),
-                self.labels(32),
-            )
-            result = self.module.train_step(*networks, *opts, real, *y, z, *self.r1)
-            fake, one = old_g(z, *y), torch.ones(32, 1)
-            loss_d = bce(old_d(real, *y), one) + bce(old_d(fake.detach(), *y), 1 - one)
-            loss_d.backward()
-            if self.r1:
-                self.module.r1_penalty(old_d, real, *y).backward()
-            logits = networks[1](fake, *y)
-            loss_g = bce(logits, one)
-            loss_g.backward(inputs=list(old_g.parameters()))
-            close(result["loss_d"], loss_d.detach())
-            close(result["loss_g"], loss_g.detach())
-            rate = (logits > 0).float().mean()
-            assert result.get("fool_rate", rate) == rate
-            for network, old in zip(networks, (old_g, old_d)):
-                for weight, before in zip(network.parameters(), old.parameters()):
-                    close(weight, before - 0.1 * before.grad)
+    def test_a_run_writes_its_files_and_prints_what_is_in_them(self):
+        for variant, text in self.printed.items():
+            out = self.runs / variant
+            files = {file.relative_to(out).as_posix() for file in out.rglob("*.*")}
+            assert files == set(self.files.split())
+            with Image.open(out / "progress.gif") as picture:
+                assert picture.n_frames == 2
+            assert "200 images" in text and "LOW COVERAGE" in text  # it learned little
+            with open(out / "history.csv", newline="") as file:
+                rows = [*csv.DictReader(file)]
+            lines = re.findall("^epoch.*", text, re.M)
+            for i, (line, row) in enumerate(zip(lines, rows, strict=True), 1):
+                assert f"epoch {i}/2  " in line
+                for name in f"{self.numbers} coverage".split():
+                    shown = float(re.search(f"{name} (\\S+)", line)[1])
+                    assert abs(shown - float(row[name])) < 0.006, name
 
-    def test_the_average_follows_weights_and_batchnorm(self):
-        average, generator = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
-        for value in (*generator.parameters(), *generator.buffers()):
-            value.data.fill_(3)
-        self.module.update_average(average, generator, 10_000)  # starts from 0 and 1
-        assert abs(average.running_mean - 0.002 * 3) < 1e-5
-        assert abs(average.weight - (1 + 0.002 * 2)) < 1e-5
-        self.module.update_average(average, generator, 1)  # the first steps count more
-        assert average.weight > 2.5
-
-    def test_coverage_sees_collapse(self):
-        torch.manual_seed(0)
-        modes = torch.randn(10, *self.shape).repeat(30, 1, 1, 1)
-        real, fake = modes + 0.1 * torch.randn(2, 300, *self.shape)
-        half = fake[torch.arange(300) % 10 < 5]
-        for images, expected in (fake, 0.98), (half, 0.5), (real + 9, 0):
-            assert abs(self.module.coverage(real, images) - expected) < 0.15
-
-    def test_an_image_depends_on_its_own_z_alone_and_sampling_keeps_the_mode(self):
-        for generator, _ in self.networks():
-            z, labels = 3 * torch.randn(50, 7), self.labels(50)
-            images = self.module.sample(generator.train(), z, *labels)
-            assert images.shape == (50, *self.shape) and images.abs().max() <= 1
-            one = self.module.sample(generator, z[:1], *self.labels(1))
-            torch.testing.assert_close(one, images[:1])
-            assert generator.training
-
-    def test_grids_are_of_the_average(self):
-        with mock.patch.object(self.module, "update_average"):  # stays untrained
-            self.train()
-        grids = [read(self.out / "images" / f"epoch_00{i}.png") for i in (0, 1)]
-        np.testing.assert_array_equal(*grids)
-
-    # -- resuming, and when something is wrong
+    def test_a_run_stopped_by_ctrl_c_ends_as_if_it_had_not_been(self):
+        (self.out / "history.csv").mkdir(parents=True)  # cannot be written
+        variant, flags = [*self.variants.items()][-1]
+        flags = self.flags, flags, "--resume --out-dir", self.out
+        with mock.patch.object(
+            self.module, "print_epoch", side_effect=KeyboardInterrupt
+        ):
+            text = call(self.script, *flags, code=1)
+        for words in "no run", "Warning", "--resume", str(self.out):
+            assert words in text
+        assert (self.out / "progress.gif").exists()
+        assert re.search("has done 1 of 2 (.*\n)*epoch 2/2 ", self.resume())
+        for name in self.files.split()[:3]:
+            assert (self.out / name).read_bytes() == (
+                self.runs / variant / name
+            ).read_bytes()
+        for name in "models/generator.pth", "models/discriminator.pth":
+            old, new = load(self.runs / variant / name), load(self.out / name)
+            assert all(old[key].equal(new[key]) for key in old)
 
     def test_resume_takes_flags_from_the_run_unless_they_are_given_anew(self):
         path = self.copy_run()
-        text = self.resume("--epochs 3 --lr 1e-4")
+        text = self.resume("--epochs 3 --lr 1e-4 --limit 64")
         assert "has done 2 of 3" in text and "epoch 3/3" in text
         checkpoint = load(path)
         settings = checkpoint["settings"]
         assert (settings["lr"], settings["batch_size"]) == (1e-4, 32)
         settings["toy"] = False
         torch.save(checkpoint, path)
-        for flag in self.kept, "--latent-dim 8", "--beta1 0.4", "--toy":
+        for flag in self.kept, "--latent-dim 8", "--beta1 0.5", "--toy":
             assert f"has {flag.split()[0]} " in self.resume(flag, code=1)
 
-    def test_a_bad_checkpoint_is_refused_stays_and_runs_no_code(self):
-        path, trap = self.copy_run(), self.folder / "trap"
+    # -- when something is wrong
 
-        class Payload:
-            def __reduce__(self):
-                return os.mkdir, (str(trap),)
-
-        contents = [path.read_bytes()[:9999]]
-        torch.save(Payload(), path)
-        contents.append(path.read_bytes())
-        for content in contents:
+    def test_a_bad_checkpoint_is_refused_and_stays(self):
+        path = self.copy_run()
+        torch.save(argparse.Namespace(), path)  # a class of Python's
+        for content in path.read_bytes(), path.read_bytes()[:99]:
             path.write_bytes(content)
-            text = self.resume(code=1)
-            assert "damaged or not from this script" in text
+            assert "damaged or not from this script" in self.resume(code=1)
             assert path.read_bytes() == content
-        assert not trap.exists()
-        flags = "--generate 1 --out-dir", trap
+        flags = "--generate 1 --out-dir", self.folder / "new"
         assert "Train first" in call(self.script, *flags, code=1)
 
     def test_errors_are_explained_and_bugs_are_not_hidden(self):
@@ -393,20 +489,19 @@ class RunTests:
         weights = load(self.out / "models" / "generator.pth").values()
         assert all(value.isfinite().all() for value in weights)
         self.out = self.folder / "bug"
-        bug = mock.patch.object(
-            self.module, "train_step", side_effect=RuntimeError("x")
-        )
-        with bug, self.assertRaises(RuntimeError):
-            self.train()
+        with mock.patch.object(self.module, "train", side_effect=RuntimeError):
+            with self.assertRaises(RuntimeError):
+                self.train()
 
-    def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stays(self):
+    def test_what_exists_is_never_overwritten_or_lost(self):
         path = self.copy_run()
         before = path.read_bytes()
+        assert "--resume" in self.train(code=1)
         path.with_suffix(".pth.tmp").mkdir()  # stands in for a full disk
         assert "--resume" in self.resume("--epochs 3", code=1)
         assert path.read_bytes() == before
 
-    def test_flags_that_do_not_fit_are_refused(self):
+    def test_flags_that_do_not_fit_are_refused_before_anything_is_written(self):
         for flag in (
             *("--epochs 0", "--batch-size 0", "--latent-dim 0", "--limit 0"),
             *("--sample-every 0", "--generate 0", "--beta1 1", "--beta1 -0.1"),
@@ -415,21 +510,9 @@ class RunTests:
             text = call(self.script, flag, "--out-dir", self.out, code=2)
             assert flag.split()[0] in text.split("error:")[1]
         assert "cuda:99" in self.train("--device cuda:99", code=1)
-        assert not self.out.exists()
-
-    def test_a_batch_larger_than_the_data_is_refused(self):
         assert "--batch-size" in self.train("--limit 31", code=1)
         assert "--batch-size" in self.train("--batch-size 1", code=1)
-        self.train("--limit 6 --batch-size 6")
-
-    def test_nothing_that_exists_is_overwritten(self):
-        self.out.mkdir()
-        (self.out / ".DS_Store").touch()  # this is no run
-        self.train()
-        files = [file for file in self.out.rglob("*") if file.is_file()]
-        before = [file.read_bytes() for file in files]
-        assert "--resume" in self.train(code=1)
-        assert before == [file.read_bytes() for file in files]
+        assert not self.out.exists()
 
     def test_a_failed_download_names_the_files(self):
         flags = "--data-dir", self.folder, "--out-dir", self.out
@@ -438,207 +521,226 @@ class RunTests:
             assert word in text
         assert socket.getdefaulttimeout() == 60  # of a server that falls silent
 
-    def generate_again(self, out, *flags):
-        old = (out / "generated_grid.png").read_bytes()
-        assert "generated_2" in call(self.script, *flags, "--seed 1")
-        assert old == (out / "generated_grid.png").read_bytes()
-        assert old != (out / "generated_grid_2.png").read_bytes()
-
-        def grey(_, z, *__):
-            return torch.full((len(z), *self.shape), 0.0117)  # 128.99 of 255
-
-        with mock.patch.object(self.module, "sample", grey):
-            call(self.script, *flags)
-        image = next((out / "generated_3").rglob("00000.png"))
-        assert (read(image) == 129).all()  # rounded, as in grids
-
-    def test_the_first_grid_depends_on_the_seed_alone(self):
-        self.train("--limit 48")
-        first = Path("images", "epoch_000.png")
-        grids = [read(out / first) for out in (self.out, self.runs / self.default)]
-        np.testing.assert_array_equal(*grids)
-
-    def test_few_images_are_repeated_and_scaled_to_the_range_of_tanh(self):
-        pixels = random_pixels(16, *self.shape[1:], self.shape[0])
-        labels = np.zeros(16, int)
-        few = mock.patch.object(self.module, "MIN_EPOCH_STEPS", 4)
-        with few, mock.patch("torch.rand", torch.ones):  # none is mirrored
-            real, *_ = self.batches(self.train_on, pixels, labels, "--batch-size 8")
-        images, counts = torch.cat(real).unique(dim=0, return_counts=True)
-        assert counts.tolist() == [2] * 16
-        assert images.min() == -1 and images.max() == 1
-
-    def test_resume_starts_a_run_where_there_is_none(self):
-        self.out.mkdir()
-        text = call(self.script, self.flags, "--resume --out-dir", self.out)
-        assert "no run" in text and "epoch 2/2" in text
-        flags = self.flags, "--out-dir", self.folder  # holds a folder that holds a run
-        assert "epoch 2/2" in call(self.script, *flags)
-
     def test_a_closed_terminal_or_a_moved_folder_loses_no_epoch(self):
         def move(text, **_):
             if text.startswith("epoch 1"):
                 self.out.rename(self.folder / "moved")
             raise OSError("the terminal is closed")
 
+        self.out.mkdir()
+        (self.out / ".DS_Store").touch()  # this is no run
         with mock.patch("builtins.print", side_effect=move):
-            call(self.script, self.flags, "--out-dir", self.out)
+            # Here the batch is as large as the data.
+            call(self.script, self.flags, self.smallest, "--out-dir", self.out)
         assert len(load(self.out / "models" / "checkpoint.pth")["history"]) == 2
 
 
-class R1Tests(RunTests):
-    """What the scripts with the R1 penalty promise besides."""
-
-    def test_r1_is_the_squared_gradient_of_each_logit(self):
-        real, logits = torch.ones(8, *self.shape), lambda x, *_: 2 * x.sum((1, 2, 3))
-        penalty = self.module.r1_penalty(logits, real, *self.labels(8))
-        assert abs(penalty / (self.module.R1_WEIGHT * 4 * real[0].numel()) - 1) < 1e-5
-
-
-class Bf16Tests(R1Tests):
-    """What the scripts with bfloat16 promise besides."""
-
-    r1 = (True,)
-
-    def test_bfloat16_is_used_if_it_is_asked_for(self):
-        for flag, name in ("--bf16", "bfloat16"), ("--no-bf16", "float32"):
-            self.out = self.folder / name
-            assert f" in {name}" in self.train(flag)
-
-    def test_some_images_are_mirrored(self):
-        pixels, labels = random_pixels(64, *self.shape[1:], 3), np.zeros(64, int)
-        real, *_ = self.batches(self.train_on, pixels, labels)
-        assert (real[0][:, 0, :, 0] > -1).any(1).unique().tolist() == [False, True]
-
-
-class MnistTest(RunTests, Folder):
+class MnistTest(Script, Folder):
     script, shape, data_set = "gan_mnist.py", (1, 28, 28), gan_mnist.MNIST
-    data_file = "train-images-idx3-ubyte.gz"
     variants = {"mlp": "", "conv": "--model conv"}
-    kept, r1 = "--model conv", ()
-    grids = {"mlp": (8, 8), "conv": (8, 8)}
+    grids, walk = {"mlp": (8, 8), "conv": (8, 8)}, (8, 10)
+    dropout = {"MLPDiscriminator": [0.2], "ConvDiscriminator": [0.5]}
+    kept, smallest = "--model conv", "--limit 6 --batch-size 6"
+    data_file, numbers = "train-images-idx3-ubyte.gz", "loss_d loss_g"
 
     def networks(self):
-        yield gan_mnist.MLPGenerator(7), gan_mnist.MLPDiscriminator()
-        yield gan_mnist.ConvGenerator(7), gan_mnist.ConvDiscriminator()
+        mlp = gan_mnist.MLPGenerator(7), gan_mnist.MLPDiscriminator()
+        return [mlp, (gan_mnist.ConvGenerator(7), gan_mnist.ConvDiscriminator())]
 
-    def test_the_convolutional_discriminator_has_dropout(self):
-        discriminator, images = gan_mnist.ConvDiscriminator(), torch.rand(5, 1, 28, 28)
-        for layer in discriminator:
-            layer.train(isinstance(layer, nn.Dropout))
-        assert not discriminator(images).equal(discriminator(images))
+    def untrained(self, variant):
+        generator = gan_mnist.GENERATORS[variant](7).apply(init_weights)
+        discriminator = gan_mnist.DISCRIMINATORS[variant]()
+        return generator, discriminator.apply(init_weights)
+
+    def toy_images(self):
+        return gan_mnist.draw_digits(200), None
+
+    def real_images(self, shuffled, data, labels):
+        return data, shuffled[:64]
+
+    def test_the_defaults_of_each_pair_are_those_of_the_help(self):
+        for model, expected in ("mlp", (50, 2e-3, 0.5)), ("conv", (16, 8e-3, 0)):
+            with mock.patch("sys.argv", ["gan_mnist.py", "--model", model]):
+                args = gan_mnist.parse_args()
+            assert (args.epochs, args.lr, args.beta1) == expected
+
+    def test_data_is_read_and_few_images_are_repeated(self):
+        pixels = torch.randint(256, (20, 28, 28), dtype=torch.uint8)
+        assert self.load_real(pixels, None).equal(pixels[:9, None])
+        assert self.repeated("")[2].equal(self.toy_images()[0].repeat(2, 1, 1, 1))
 
 
-class ClassTests(R1Tests):
-    """What the scripts with --conditional promise besides."""
+class ClassTests(Script):
+    """What the two scripts with --conditional promise besides."""
 
-    letters = "ABCDEFGHIJ"
+    variants = {"plain": "", "classes": "--conditional"}
+    kept, smallest = "--conditional", "--limit 6 --batch-size 6"
 
     def labels(self, count):
         return (torch.arange(count) % 10,)
 
-    def test_each_class_has_images_and_a_logit_of_its_own(self):
-        for generator, discriminator in self.networks():
-            y = torch.arange(10)
-            images = self.module.sample(generator, torch.ones(10, 7), y)
-            assert len(images.unique(dim=0)) == 10
-            logits = discriminator.eval()(images[:1].expand(images.shape), y)
-            assert len(logits.unique()) == 10
+    def labels_of_fakes(self, variant, count):
+        classes = 10 if variant == "classes" else 1
+        return (torch.arange(count) // self.per_class % classes,)
 
-    def test_images_come_with_their_labels_only_with_conditional(self):
-        labels = np.arange(32) % 10
-        pixels = np.tile(20 * labels.astype(np.uint8), (3, *self.shape[1:], 1)).T
-        for flag, sees in ("", 0), ("--conditional", 1):
-            self.out = self.folder / str(sees)
-            (real,), (y,), *_ = self.batches(self.train_on, pixels, labels, flag)
-            assert y.equal(sees * ((real[:, 0, 0, 0] + 1) * 127.5 / 20).round().long())
+    def test_each_class_has_images_and_a_logit_of_its_own(self):
+        generator, discriminator = self.networks()[0]
+        images = self.module.sample(generator, torch.ones(10, 7), torch.arange(10))
+        assert len(images.unique(dim=0)) == 10
+        logits = discriminator(images[:1].expand(images.shape), torch.arange(10))
+        assert len(logits.unique()) == 10
+
+    def test_few_images_are_repeated_with_their_labels_if_conditional(self):
+        data, labels = self.toy_images()
+        for flag, classes in ("", 1), ("--conditional", 10):
+            *_, seen, seen_labels = self.repeated(flag)
+            assert seen.equal(data.repeat(2, 1, 1, 1))
+            assert seen_labels.equal(labels.repeat(2) % classes)
 
 
 class FashionTest(ClassTests, Folder):
     script, shape, data_set = "gan_fashion.py", (1, 28, 28), gan_fashion.FashionMNIST
+    grids, walk = {"plain": (9, 9), "classes": (10, 10)}, (10, 10)
+    drawn, per_class, real_columns, g_steps, r1 = 100, 10, 10, 2, 0.25
+    names = "ABCDEFGHIJ"
+    bad_flags = ("--g-steps 0",)
     data_file = "train-images-idx3-ubyte.gz"
-    grids = {"plain": (9, 9), "classes": (10, 10)}
-    bad_flags, r1 = ("--g-steps 0",), (True, True)
-    files = f"{RunTests.files} images/nearest.png"
+    files = f"{Script.files} images/nearest.png"
 
-    def test_d_learns_at_every_g_steps_th_step_alone(self):
-        changes, train_step = [], gan_fashion.train_step
+    def untrained(self, variant):
+        generator = gan_fashion.Generator(7).apply(init_weights)
+        return generator, gan_fashion.Discriminator().apply(init_weights)
 
-        def record(generator, discriminator, *others):
-            weight = discriminator[0].weight.clone()
-            result = train_step(generator, discriminator, *others)
-            changes.append(not weight.equal(discriminator[0].weight))
-            return result
+    def epoch_inputs(self, data):
+        return data.repeat(2, 1, 1, 1), self.labels(12)[0].repeat(2)
 
-        with mock.patch.object(gan_fashion, "train_step", record):
-            self.train("--g-steps 3")
-        assert changes == [True, False, False]
+    def toy_images(self):
+        return gan_fashion.draw_letters(200, True)
 
-    def test_the_copy_ratio_tells_copies_from_new_images(self):
+    def real_images(self, shuffled, data, labels):
+        by_class = [data[labels == k][:10] for k in range(10)]
+        return gan_fashion.draw_letters(1000, False)[0], torch.cat(by_class)
+
+    def test_the_copy_ratio_and_nearest_images_are_what_they_say(self):
         torch.manual_seed(0)
-        training, held_out, new = torch.rand(3, 53, 1, 28, 28)
+        training, held_out, new = torch.rand(3, 48, 1, 28, 28)
         copies, path = training.flip(0) + 0.01 * new, self.folder / "nearest.png"
-        for fake, expected in (new, 1), (copies, 0):
-            ratio = gan_fashion.copy_ratio(fake, held_out, training)
-            assert abs(ratio - expected) < 0.05
+        rows, real = training.flatten(1), held_out.flatten(1)
+        for fakes in new, copies:
+            expected = median_distance(fakes.flatten(1), rows) / median_distance(
+                real, rows
+            )
+            found = gan_fashion.copy_ratio(fakes, held_out, training)
+            assert abs(found - expected) < 1e-4
         gan_fashion.show_nearest(copies, held_out, training, path)
-        grid = read(path)[2::3, 2::3, 0] / 127.5 - 1  # the first copy
-        np.testing.assert_allclose(grid[:28, :28], copies[0, 0], atol=0.01)
+        nearest = [(rows - image).norm(dim=1).argmin() for image in real]
+        grid = [copies, training.flip(0), torch.ones(48, 1, 28, 28)]
+        grid += [held_out, training[nearest]]
+        self.assert_grid(path, torch.cat([images[::3] for images in grid]), 16)
+
+    def test_the_training_and_the_test_set_are_read(self):
+        pixels = torch.randint(256, (1020, 28, 28), dtype=torch.uint8)
+        for train, count in (True, 9), (False, 1000):
+            images, labels = self.load_real(pixels, torch.arange(1020), train)
+            assert images.equal(pixels[:count, None])
+            assert labels.equal(torch.arange(count))
 
 
-class CifarTest(ClassTests, Bf16Tests, Folder):
+class Bf16Tests:
+    """What the two scripts with bfloat16 promise besides."""
+
+    def test_bfloat16_is_used_if_it_is_asked_for(self):
+        weights = []
+        for flag, name in ("--bf16", "bfloat16"), ("--no-bf16", "float32"):
+            self.out = self.folder / name
+            assert f" in {name}" in self.train(flag, self.smallest)
+            weights.append(load(self.out / "models" / "generator.pth")["0.weight"])
+        assert 0 < (weights[0] - weights[1]).abs().max() < 0.05
+
+
+class CifarTest(Bf16Tests, ClassTests, Folder):
     script, shape, data_set = "dcgan_cifar10.py", (3, 32, 32), dcgan_cifar10.CIFAR10
+    grids, walk = {"plain": (8, 8), "classes": (10, 8)}, (10, 8)
+    drawn, per_class, mirrored, r1 = 80, 8, (True,), 0.05
+    names = "AHIMOTUVWX"
     data_file = "cifar-10-python.tar.gz"
-    grids = {"plain": (8, 8), "classes": (10, 8)}
-    letters = "AHIMOTUVWX"
 
-    def as_torchvision(self, pixels, labels):
-        return pixels, labels.tolist()
+    def epoch_inputs(self, data):
+        return False, data.repeat(2, 1, 1, 1), self.labels(12)[0].repeat(2)
+
+    def toy_images(self):
+        return dcgan_cifar10.draw_letters(200)
+
+    def real_images(self, shuffled, data, labels):
+        return data, torch.cat([data[labels == k][:8] for k in range(10)])
+
+    def test_the_training_set_is_read(self):
+        pixels = torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8)
+        images, labels = self.load_real(pixels.numpy(), [*range(20)])
+        assert images.permute(0, 2, 3, 1).equal(pixels[:9])
+        assert labels.equal(torch.arange(9))
 
 
-class CelebaTest(Bf16Tests, Folder):
+class CelebaTest(Bf16Tests, Script, Folder):
     script, shape = "dcgan_celeba.py", (3, 32, 32)
-    data_set = dcgan_celeba  # stands in for a class of torchvision's
-    data_file = "img_align_celeba.zip"
-    flags = f"{RunTests.flags} --image-size 32"
-    variants, grids = {"plain": ""}, {"plain": (8, 8)}
-    kept = "--image-size 64"
+    flags = f"{FLAGS} --image-size 32"
+    grids, fakes = {"plain": (8, 8)}, 2000
+    mirrored, r1 = (True, False), 0.05
+    kept, smallest = "--image-size 64", "--limit 16 --batch-size 16"
     bad_flags = ("--image-size 100",)
-    files = f"{RunTests.files} images/nearest.png"
+    data_file = "img_align_celeba.zip"
+    files = f"{Script.files} images/nearest.png"
 
     def setUp(self):
         super().setUp()
         self.mine, self.data = self.folder / "mine", self.folder / "data"
 
     def networks(self):
-        yield dcgan_celeba.Generator(7, 32), dcgan_celeba.Discriminator(32)
+        return [(dcgan_celeba.Generator(7, 32), dcgan_celeba.Discriminator(32))]
+
+    def epoch_inputs(self, data):
+        return "cpu", False, data
+
+    def rows(self, images):
+        return nn.functional.avg_pool2d(images, images.size(3) // 8).flatten(1)
+
+    def toy_images(self):
+        return dcgan_celeba.draw_faces(200, 32), None
+
+    def real_images(self, shuffled, data, labels):
+        return shuffled[:100], shuffled[:64]
 
     def save(self, count, folder=None):
         """Saves random images to a folder, self.mine by default, and returns them."""
-        folder, pixels = folder or self.mine, random_pixels(count, 32, 32, 3)
+        folder = folder or self.mine
+        pixels = torch.randint(256, (count, 32, 32, 3)).byte().numpy()
         folder.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(pixels):
             Image.fromarray(image).save(folder / f"{i:03d}.png")
         return pixels
 
     def train_on_mine(self, *flags, code=0):
-        """A run of one epoch on the images in self.mine."""
-        flags = ("--image-size 32 --epochs 1", *flags, "--images", self.mine)
-        flags = (*flags, "--data-dir", self.data, "--out-dir", self.out)
-        return call(self.script, *flags, code=code)
+        """Begins a run on the images in self.mine. Its training is left out."""
+        flags = "--image-size 32", *flags, "--images", self.mine
+        flags = *flags, "--data-dir", self.data, "--out-dir", self.out
+        with mock.patch.object(dcgan_celeba, "train") as train:
+            text = call(self.script, *flags, code=code)
+        self.trained_on = train.call_args and train.call_args.args
+        return text
 
-    def load(self, images=None, limit=None, size=32):
+    def load(self, images=None, limit=None):
         """Returns what load_data reads, N x H x W x 3, and what it printed."""
         args = argparse.Namespace(toy=False, images=images, limit=limit)
-        args.image_size, args.data_dir = size, self.data
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
+        args.image_size, args.data_dir = 32, self.data
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             data = dcgan_celeba.load_data(args)
-        return data.permute(0, 2, 3, 1), printed.getvalue()
+        return data.permute(0, 2, 3, 1).numpy(), printed.getvalue()
 
     # -- sizes, few images, copies
 
     def test_networks_grow_with_the_image_size_and_a_mismatch_is_named(self):
-        for size in (64, 128):
+        for size in 64, 128:
             generator = dcgan_celeba.Generator(7, size)
             images = dcgan_celeba.sample(generator, torch.randn(2, 7))
             assert images.shape == (2, 3, size, size)
@@ -646,38 +748,28 @@ class CelebaTest(Bf16Tests, Folder):
             with self.assertRaisesRegex(ValueError, f"32.*{size}"):
                 dcgan_celeba.Discriminator(32)(images)
 
-    def test_few_images_are_repeated_and_scaled_to_the_range_of_tanh(self):
-        self.save(20)
-        with mock.patch.object(dcgan_celeba, "MIN_EPOCH_STEPS", 5):
-            real, *_ = self.batches(self.train_on_mine, "--no-flip")
-        seen = torch.stack(real)
-        assert seen.min() == -1 and seen.max() == 1
-        assert seen.shape == (5, 16, 3, 32, 32)
-        counts = seen.flatten(0, 1).unique(dim=0, return_counts=True)[1]
-        assert counts.tolist() == [4] * 20
+    def test_few_images_have_small_batches_which_must_fit(self):
+        self.save(16)
+        for flag, expected in ("", 16), ("--batch-size 8", 8):
+            self.train_on_mine(flag)
+            assert self.trained_on[0].batch_size == expected
+        assert "--batch-size 17" in self.train_on_mine("--batch-size 17", code=1)
+        with mock.patch.object(dcgan_celeba, "load_data", lambda _: range(6400)):
+            self.train_on_mine()
+        assert self.trained_on[0].batch_size == 64
 
-    def test_a_batch_larger_than_the_data_is_refused(self):
-        self.save(15)
-        assert "16 or more" in self.train_on_mine(code=1)
-        assert "--batch-size" in self.train("--limit 31", code=1)
-        self.train("--limit 16 --batch-size 16")
-
-    def test_some_images_are_mirrored(self):
-        self.save(64)
-        for flag, expected in ("", [False, True]), ("--no-flip", [False]):
-            self.out = self.folder / f"out{flag}"
-            real, *_ = self.batches(self.train_on_mine, "--batch-size 64", flag)
-            mirrored = (real[0][:, 0, :, 0] > -1).any(1)
-            assert mirrored.unique().tolist() == expected
-
-    def test_the_copy_ratio_tells_copies_from_new_images(self):
+    def test_the_copy_ratio_and_nearest_images_are_what_they_say(self):
         torch.manual_seed(0)
         training, new = torch.rand(2, 60, 3, 32, 32) * 2 - 1
         twice = torch.cat([training, training.flip(3)])  # as in some folders
-        small, copies = dcgan_celeba.thumbnails(twice), training.flip(0, 3)
-        for fakes, expected in (new, 1), (copies, 0):
-            ratio = dcgan_celeba.copy_ratio(fakes, training, small)
-            assert abs(ratio - expected) < 0.1
+        small, copies = self.rows(twice), training.flip(0, 3)
+        close(dcgan_celeba.thumbnails(twice), small)
+        others = [small[torch.arange(120) % 60 != i] for i in range(60)]
+        real = [distances(small[i], others[i])[0] for i in range(60)]
+        for fakes in new, copies:
+            expected = median_distance(self.rows(fakes), small) / sorted(real)[29]
+            found = dcgan_celeba.copy_ratio(fakes, training, small)
+            assert abs(found - expected) < 1e-3
         data, path = ((twice + 1) * 127.5).byte(), self.folder / "nearest.png"
         dcgan_celeba.show_nearest(copies[:8], training[:8], data, small, path)
         grid = read(path)  # a copy above its original, here mirrored
@@ -687,45 +779,40 @@ class CelebaTest(Bf16Tests, Folder):
     # -- your own images
 
     def test_images_of_all_kinds_are_read_and_what_cannot_be_is_named(self):
+        self.save(11)
         wide = Image.new("RGB", (200, 64))  # of which the middle is used
         wide.paste("red", (68, 0, 100, 64))
         wide.paste("blue", (100, 0, 132, 64))
+        ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, 0)
+        for name, image in {
+            ".hidden/a.png": wide,
+            "x/a.bmp": wide,
+            "x/b.png": Image.new("L", (70, 70), 90),
+            "x/c transparent.png": Image.new("RGBA", (64, 64)),
+            "x/d of 16 bits.png": Image.fromarray(ramp),
+            "x/e.png": wide.resize((7, 100)),
+            "x/f.tif": Image.new("F", (32, 32)),
+        }.items():
+            (self.mine / name).parent.mkdir(exist_ok=True)
+            image.save(self.mine / name)
         turned = Image.Exif()
         turned[0x112] = 6  # shown after a quarter turn to the right
-        ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
-        for name, image, options in (
-            ("a.bmp", wide, {}),
-            ("b damaged exif.png", wide, {"exif": b"Exif\0\0damaged"}),
-            ("deeper/turned.JPG", wide.rotate(90, expand=True), {"exif": turned}),
-            ("f grey.png", Image.new("L", (70, 70), 90), {}),
-            ("g transparent.png", Image.new("RGBA", (64, 64)), {}),
-            ("h of 16 bits.png", Image.fromarray(ramp), {}),
-            ("i small.png", wide.resize((7, 100)), {}),
-            (".ipynb_checkpoints/a.png", wide, {}),
-        ):
-            (self.mine / name).parent.mkdir(parents=True, exist_ok=True)
-            image.save(self.mine / name, **options)
-        cut_off = (self.mine / "a.bmp").read_bytes()[:3000]
-        (self.mine / "j cut off.bmp").write_bytes(cut_off)
-        (self.mine / "j is heic.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
-        Image.new("F", (32, 32), 0.5).save(self.mine / "k floats.tif")
-        (self.mine / "a caption.txt").touch()  # not counted by --limit
-        for i in range(10):
-            shutil.copy(self.mine / "a.bmp", self.mine / f"z{i}.bmp")
+        wide.rotate(90, expand=True).save(self.mine / "x" / "turned.JPG", exif=turned)
+        (self.mine / "x" / "z cut.bmp").write_bytes(b"BM")
+        (self.mine / "x" / "a caption.txt").touch()
         pixels, text = self.load(self.mine)
-        for words in "j cut off", "cannot identify image", "7 x 100 is", "32-bit float":
+        for words in "z cut", "cannot identify image", "7 x 100 is", "32-bit float":
             assert words in text and "caption" not in text, text
-        assert "16 images decoded, 4 left out" in text
-        *halves, grey, white, ramp = pixels.numpy()[:6]
-        close = functools.partial(np.testing.assert_allclose, atol=6)
-        close([x[16, [4, 27]] for x in halves], [[[255, 0, 0], [0, 0, 255]]] * 3)
+        assert "16 images decoded, 3 left out" in text
+        half, grey, white, ramp, turned = pixels[11:]
+        near = functools.partial(np.testing.assert_allclose, atol=6)
+        near([x[16, [4, 27]] for x in (half, turned)], [[[255, 0, 0], [0, 0, 255]]] * 2)
         assert (grey == 90).all() and (white == 255).all()
-        close(ramp[16, [0, 16, 31], 0], [2, 130, 253])
+        near(ramp[16, [0, 16, 31], 0], [2, 130, 253])
 
     def test_a_limit_chooses_evenly_and_links_to_folders_are_named(self):
         expected = self.save(48)
-        pixels, _ = self.load(self.mine, limit=16)
-        assert (pixels.numpy() == expected[::3]).all()
+        assert (self.load(self.mine, limit=16)[0] == expected[::3]).all()
         if os.name != "nt":  # where only administrators may make links
             (self.mine / "more").symlink_to(self.folder)
             pixels, text = self.load(self.mine)
@@ -733,7 +820,7 @@ class CelebaTest(Bf16Tests, Folder):
 
     def test_decoded_images_leave_no_file_and_need_free_space(self):
         self.save(16)
-        pixels, _ = self.load(self.mine)
+        self.load(self.mine)
         assert not list(self.data.iterdir()) or os.name == "nt"
         full = mock.patch("shutil.disk_usage", return_value=mock.Mock(free=9999))
         with full, self.assertRaisesRegex(SystemExit, "--data-dir"):
@@ -741,15 +828,10 @@ class CelebaTest(Bf16Tests, Folder):
 
     def test_a_failing_disk_stops_the_run_and_leaves_nothing(self):
         self.save(16)
-        for place, error, words in (
-            ("PIL.Image.open", OSError(5, "Input/output error"), "Input/output"),
-            ("PIL.Image.open", KeyboardInterrupt(), "Stopped"),
-            ("tempfile.TemporaryFile", OSError(28, "No space left"), "No space left"),
-        ):
-            with mock.patch(place, side_effect=error):
-                assert words in self.train_on_mine(code=1)
+        for place in "PIL.Image.open", "tempfile.TemporaryFile":
+            with mock.patch(place, side_effect=OSError(5, "Input/output error")):
+                assert "Input/output error" in self.train_on_mine(code=1)
             assert not list(self.data.iterdir())
-        assert "16 images" in self.train_on_mine()
 
     def test_folders_that_cannot_be_learned_from_are_refused_by_name(self):
         assert f"{self.mine} is no folder" in self.train_on_mine("--toy", code=1)
@@ -761,94 +843,39 @@ class CelebaTest(Bf16Tests, Folder):
         self.out = self.mine / "out"
         assert "must not lie in --images" in self.train_on_mine(code=1)
 
-    def test_a_run_finds_its_images_again_from_another_folder(self):
-        self.save(16)
-        self.addCleanup(os.chdir, HERE)
-        os.chdir(self.folder)
-        self.mine = Path("mine")
-        self.train_on_mine()
-        os.chdir(self.out)
-        assert "epoch 2/2" in self.resume("--epochs 2")
-        assert not Path("data").exists()  # --data-dir is as before, too
-
     # -- CelebA
 
-    def test_celeba_is_found_in_every_layout(self):
-        expected = self.save(16, self.folder / "img_align_celeba")
-        for place in ("celeba/img_align_celeba", "img_align_celeba", ".", "celeba"):
-            if place in (".", "celeba"):  # in the latter case beside no images
-                path = self.data / place / "img_align_celeba"
-                shutil.make_archive(path, "zip", self.folder, "img_align_celeba")
-            else:
-                shutil.copytree(self.folder / "img_align_celeba", self.data / place)
-            assert (self.load()[0].numpy() == expected).all()
-            shutil.rmtree(self.data)
-            self.data.mkdir()
-
-    def test_only_the_whole_archive_is_taken_for_celeba(self):
+    def test_celeba_is_unpacked_whole_wherever_its_archive_lies(self):
         expected = self.save(16, self.folder / "x" / "img_align_celeba")
-        archive = Path(shutil.make_archive(self.folder / "x", "zip", self.folder / "x"))
-        digest = hashlib.md5(archive.read_bytes()).hexdigest()
+        archive = shutil.make_archive(self.folder / "x", "zip", self.folder / "x")
+        digest = hashlib.md5(Path(archive).read_bytes()).hexdigest()
 
-        def unpack(archive, folder, *_):  # until the disk is full
+        def unpack(_, folder, *__):  # until the disk is full
             self.save(1, Path(folder, "img_align_celeba"))
             raise OSError("disk full")
 
-        handler = http.server.SimpleHTTPRequestHandler
-        handler = functools.partial(handler, directory=self.folder)
-        patch = functools.partial(mock.patch.object, dcgan_celeba)
-        with (
-            http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
-            patch("URL", f"http://127.0.0.1:{server.server_port}/x.zip"),
-            patch("MD5", digest),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            failure = mock.patch("torchvision.datasets.utils.extract_archive", unpack)
-            with failure, self.assertRaisesRegex(SystemExit, "celeba.zip"):
-                self.load()
-            assert (self.load()[0].numpy() == expected).all()
-            server.shutdown()
-        assert len(self.load()[0]) == 16  # not downloaded again
+        failure = mock.patch("torchvision.datasets.utils.extract_archive", unpack)
+        for place in "celeba_download.zip", "celeba/img_align_celeba.zip":
+            (self.data / place).parent.mkdir(parents=True)
+            shutil.copy(archive, self.data / place)
+            with mock.patch.object(dcgan_celeba, "MD5", digest):
+                if place == "celeba_download.zip":
+                    with failure, self.assertRaisesRegex(SystemExit, "celeba.zip"):
+                        self.load()
+                assert (self.load()[0] == expected).all()
+            shutil.rmtree(self.data)
 
     # -- several processes
 
     @unittest.skipIf(os.name == "nt", "torchrun on Windows needs settings of its own")
-    def test_processes_share_batches_learn_the_same_and_resume(self):
-        self.save(200)
-        code = """
-            import os, sys, torch, dcgan_celeba as script
-            script.MIN_EPOCH_STEPS, seen, train_step = 1, [], script.train_step
-
-            def record(*args):
-                seen.append([args[4].clone(), args[0][0].weight.detach().clone()])
-                return train_step(*args)
-
-            script.train_step = record
-            script.distributed.destroy_process_group = script.distributed.barrier
-            script.main()
-            script.distributed.init_process_group = lambda *_, **__: None
-            sys.argv[1:] = "--resume --epochs 3 --out-dir out --device cpu".split()
-            script.main()
-            torch.save([*zip(*seen)], "rank" + os.environ["RANK"])
-        """
-        (self.folder / "recorder.py").write_text(textwrap.dedent(code))
-        flags = """--standalone --nproc-per-node=2 recorder.py --images mine --no-flip
-            --image-size 32 --batch-size 64 --epochs 2 --out-dir out --device cpu"""
-        process = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", *flags.split()],
-            env={**os.environ, "PYTHONPATH": str(HERE)},
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-        )
-        assert process.returncode == 0, process.stderr
-        printed = re.findall("has done|epoch ./.", process.stdout)  # by one process
-        assert printed == "epoch 1/2,epoch 2/2,has done,epoch 3/3".split(",")
-        (images, weights), (others, same) = map(load, sorted(self.folder.glob("rank*")))
-        assert all(map(torch.equal, weights, same))
-        epoch = torch.cat(images[:3] + others[:3])
-        assert epoch.unique(dim=0).shape == epoch.shape  # no image twice
+    def test_two_processes_train_one_run(self):
+        flags = f"""-m torch.distributed.run --standalone --nproc-per-node=2
+            {HERE}/dcgan_celeba.py {self.flags} --epochs 1 --out-dir {self.out}
+            --limit 16 --batch-size 4"""
+        command = [sys.executable, *flags.split()]
+        process = subprocess.run(command, capture_output=True, text=True)
+        assert process.stdout.count("epoch 1/1") == 1, process.stderr
+        assert "epoch 2/2" in self.resume("--epochs 2 --batch-size 16")
 
     def test_processes_learn_from_the_mean_of_their_gradients(self):
         layer = nn.Linear(1, 1)
