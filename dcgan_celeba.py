@@ -380,10 +380,10 @@ def train(args, device, bf16, data, checkpoint):
     # Coverage is of one half of the real images, 1,000 at most (500 at a size of 128,
     # for the memory). For comparison we print what the other half scores.
     count = min(len(data) // 2, len(fixed_z))
-    shuffled = torch.randperm(len(data))
-    real_images = data[shuffled[:count]] / 127.5 - 1
-    scale = coverage(real_images, data[shuffled[count : 2 * count]] / 127.5 - 1)
-    say(f"coverage by other real images: {scale:.2f}")
+    mixed = data[torch.randperm(len(data))[: 2 * count]] / 127.5 - 1
+    real_images, others = mixed.split(count)
+    say(f"coverage by other real images: {coverage(real_images, others):.2f}")
+    fixed_z = fixed_z[: count + 64]  # if there are few images, a few fakes will do
     if not history and RANK == 0:
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
         save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
