@@ -177,7 +177,8 @@ class Script:
     @classmethod
     def setUpClass(cls):
         cls.module = importlib.import_module(cls.script.removesuffix(".py"))
-        few = mock.patch.object(cls.module, "MIN_EPOCH_STEPS", 1)  # 100 take too long
+        assert cls.module.MIN_EPOCH_STEPS == 100  # which take too long here
+        few = mock.patch.object(cls.module, "MIN_EPOCH_STEPS", 1)
         few.start()
         cls.addClassCleanup(few.stop)
         cls.runs = Path(tempfile.mkdtemp())
