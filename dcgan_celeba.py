@@ -39,7 +39,7 @@ What the numbers mean here, where there are no test images:
   of pairs.
 - With few images D soon knows them all by heart, and the losses look as if D had won:
   loss_d comes near 0, as in the first line below. Look at the grids: as long as they
-  get better, train on.
+  get better, train on. If they get worse again, start a new run with fewer --epochs.
 
                                                    coverage  coverage by
                                    loss_d  loss_g  by fakes  other images  copy ratio
@@ -48,6 +48,8 @@ What the numbers mean here, where there are no test images:
 
 A larger --image-size adds blocks to both networks: one for 128, two for 256. Each
 doubling makes four times as many pixels, and an update takes about four times as long.
+A size of 32 takes a block away. Its narrower layers learn better at a higher rate, such
+as --lr 0.0016.
 
 A run that is resumed with more --epochs begins with a higher learning rate than it
 ended with, as the rate falls to 0 at the last epoch. So images may get worse at first.
