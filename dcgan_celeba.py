@@ -163,7 +163,7 @@ class Discriminator(nn.Sequential):
 # ---- training ------------------------------------------------------------------------
 
 
-def train_step(generator, discriminator, opt_g, opt_d, real, z, r1=False, bf16=False):
+def train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16):
     """Updates D once, then G once. Returns the numbers of the step, without a graph.
 
     real: images N x 3 x size x size in [-1, 1]; z: latent vectors N x latent_dim. With

@@ -138,9 +138,7 @@ class Discriminator(nn.Sequential):
 # ---- training ------------------------------------------------------------------------
 
 
-def train_step(
-    generator, discriminator, opt_g, opt_d, real, labels, z, train_d=True, r1=False
-):
+def train_step(generator, discriminator, opt_g, opt_d, real, labels, z, train_d, r1):
     """Updates D, then G. Returns the numbers of the step, as tensors without a graph.
 
     real: images N x 1 x 28 x 28 in [-1, 1]; z: latent vectors N x latent_dim; labels:
