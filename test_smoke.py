@@ -667,6 +667,11 @@ class FashionTest(ClassTests, Folder):
         grid = [copies, training.flip(0), torch.ones(48, 1, 28, 28)]
         grid += [held_out, training[nearest]]
         self.assert_grid(path, torch.cat([images[::3] for images in grid]), 16)
+        with mock.patch.object(gan_fashion, "copy_ratio", return_value=0.5) as ratio:
+            assert "copy ratio 0.50" in self.train()
+        _, held_out, training = ratio.call_args.args
+        close(training, gan_fashion.draw_letters(64, True)[0] / 127.5 - 1)
+        close(held_out, gan_fashion.draw_letters(1000, False)[0] / 127.5 - 1)
 
     def test_the_training_and_the_test_set_are_read(self):
         pixels = torch.randint(256, (1020, 28, 28), dtype=torch.uint8)
@@ -808,6 +813,12 @@ class CelebaTest(Bf16Tests, Script, Folder):
         assert abs(grid[2:98, 2:98] - grid[100:196, 97:1:-1]).max() <= 1
         assert abs(grid[296:392, 2:98] - grid[394:490, 2:98]).mean() > 1
         assert abs(grid[394:490, 2:98].mean() - 127) < 20
+        with mock.patch.object(dcgan_celeba, "copy_ratio", return_value=0.5) as ratio:
+            assert "copy ratio 0.50" in self.train()
+        close(
+            ratio.call_args.args[2],
+            self.rows(dcgan_celeba.draw_faces(64, 32) / 127.5 - 1),
+        )
         shown = read(self.runs / "plain" / "images" / "nearest.png")
         assert shown.shape == (5 * 98 + 2, 8 * 98 + 2, 3)
 
