@@ -48,8 +48,8 @@ What the numbers mean here, where there are no test images:
 
 A larger --image-size adds blocks to both networks: one for 128, two for 256. Each
 doubling makes four times as many pixels, and an update takes about four times as long.
-A size of 32 takes a block away. Its narrower layers learn better at a higher rate, such
-as --lr 0.0016.
+A size of 32 takes a block away. Its layers are narrower, and on 300 photographs they
+learned better at a higher rate than the default: add --lr 0.0016.
 
 A run that is resumed with more --epochs begins with a higher learning rate than it
 ended with, as the rate falls to 0 at the last epoch. So images may get worse at first.
@@ -385,7 +385,7 @@ def train(args, device, bf16, data, checkpoint):
     mixed = data[torch.randperm(len(data))[: 2 * count]] / 127.5 - 1
     real_images, others = mixed.split(count)
     say(f"coverage by other real images: {coverage(real_images, others):.2f}")
-    fixed_z = fixed_z[: count + 64]  # if there are few images, a few fakes will do
+    fixed_z = fixed_z[: count + 64]  # enough for coverage and for the grid
     if not history and RANK == 0:
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
         save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")

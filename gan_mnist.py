@@ -41,7 +41,7 @@ What you will see in the grids of images, in the printed lines and in losses.png
 - D has won: whatever G tries, D recognises its fakes. loss_d falls towards 0, loss_g
   grows, and the grids stop improving.
 
-    python gan_mnist.py --toy --out-dir runs/toy           # 2 minutes, no download
+    python gan_mnist.py --toy --out-dir runs/toy           # 2 to 3 minutes, no download
     python gan_mnist.py                                    # 9 minutes on two CPU cores
     python gan_mnist.py --model conv --out-dir runs/conv   # 9 minutes
     python gan_mnist.py --resume --out-dir runs/conv       # go on after Ctrl-C
