@@ -256,11 +256,14 @@ def train_epoch(args, epoch, data, generator, discriminator, average, opt_g, opt
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
     torch.manual_seed(args.seed * 10_000 + epoch)  # the same if resumed
-    updates = len(data) // args.batch_size  # a last, shorter batch is left out
+    # An epoch shows each image once or, if there are few, `repeats` times: after the
+    # division by len(data), the remainder is the index of an image.
+    repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
+    order = torch.randperm(repeats * len(data), device=data.device) % len(data)
+    updates = len(order) // args.batch_size  # a last, shorter batch is left out
     total = args.epochs * updates
     step = (epoch - 1) * updates
     results = []
-    order = torch.randperm(len(data), device=data.device)
     for indices in order.split(args.batch_size)[:updates]:
         # The learning rate falls to 0, so that both networks come to rest at the end.
         for opt in opt_d, opt_g:
@@ -318,12 +321,9 @@ def train(args, device, data, checkpoint):
     if not history:
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
         save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
-    # An epoch shows each image once. If that makes fewer than MIN_EPOCH_STEPS updates,
-    # the whole data set is repeated.
-    repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
-    repeated = data.repeat(repeats, 1, 1, 1).to(device)
+    images = data.to(device)
     for epoch in range(len(history) + 1, args.epochs + 1):
-        row = train_epoch(args, epoch, repeated, **run)
+        row = train_epoch(args, epoch, images, **run)
         fakes = sample(average, fixed_z)
         row["coverage"] = coverage(real_images, fakes)
         if not math.isfinite(sum(row.values())):
