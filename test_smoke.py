@@ -317,8 +317,8 @@ class Script:
         assert abs(average.weight - (1 + 0.002 * 2)) < 1e-6
 
     def test_coverage_counts_real_images_near_which_there_is_a_fake(self):
-        # Ten grey images, each a little brighter than the one before. The fifth-closest
-        # real image is 5 brighter or darker for the first and last, 3 for those between.
+        # Ten grey images, each brighter by 1 than the one before. The fifth-closest other
+        # image differs by 5 from the first and the last one, by 3 from those between.
         real = torch.arange(10.0)[:, None, None, None].expand(10, *self.shape)
         for brightness, expected in (3.4, 0.7), (99.0, 0):
             fakes = torch.full((2, *self.shape), brightness)
@@ -653,7 +653,7 @@ class CelebaTest(Bf16Tests, Script, Folder):
         return text
 
     def load(self, *flags):
-        """Returns the pixels that a run on self.mine reads, N x H x W x 3, and its text."""
+        """Returns the pixels N x H x W x 3 that a run reads, and what it prints."""
         text = self.train_on_mine("--batch-size 2", *flags)
         return self.trained_on[3].permute(0, 2, 3, 1).numpy(), text
 
