@@ -317,7 +317,7 @@ class Script:
         assert abs(average.weight - (1 + 0.002 * 2)) < 1e-6
 
     def test_coverage_counts_real_images_near_which_there_is_a_fake(self):
-        # Ten grey images, each brighter by 1 than the one before. The fifth-closest other
+        # Ten grey images, each brighter by 1 than the last one. The fifth-closest other
         # image differs by 5 from the first and the last one, by 3 from those between.
         real = torch.arange(10.0)[:, None, None, None].expand(10, *self.shape)
         for brightness, expected in (3.4, 0.7), (99.0, 0):
