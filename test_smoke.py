@@ -42,10 +42,10 @@ import gan_fashion
 import gan_mnist
 from common import init_weights, save_grid
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).parent
 # A short run on the CPU, where a resumed run ends in the same bytes.
 FLAGS = """--toy --limit 19 --batch-size 8 --latent-dim 7 --epochs 2 --sample-every 3
-    --lr 0.001 --beta1 0.4 --seed 1 --device cpu"""
+    --lr 0.01 --beta1 0.4 --seed 1 --device cpu"""
 
 
 def call(module, *flags, code=0):
@@ -110,9 +110,9 @@ class CommonTest(Folder):
             np.testing.assert_allclose(shown, expected, atol=0.51)
 
     def test_what_is_no_grid_is_refused(self):
-        for shape, columns in ((3, 8, 8), 1), ((1, 2, 8, 8), 1), ((1, 3, 8, 8), 0):
+        for shape in (3, 8, 8), (1, 2, 8, 8), (0, 3, 8, 8):
             with self.assertRaises(ValueError):
-                save_grid(torch.zeros(shape), self.out / "grid.png", columns)
+                save_grid(torch.zeros(shape), self.out / "grid.png")
 
     def test_weights_are_initialised_as_the_dcgan_paper_says(self):
         torch.manual_seed(0)
@@ -165,10 +165,10 @@ class Script:
         sample = cls.module.sample
         cls.sample = staticmethod(sample)
 
-        def sample_100(generator, *inputs):
-            return sample(generator, *(each[:100] for each in inputs))
+        def sample_111(generator, *inputs):
+            return sample(generator, *(each[:111] for each in inputs))
 
-        smaller = {"MIN_EPOCH_STEPS": 3, "R1_INTERVAL": 2, "sample": sample_100}
+        smaller = {"MIN_EPOCH_STEPS": 3, "R1_INTERVAL": 2, "sample": sample_111}
         smaller = mock.patch.multiple(cls.module, create=True, **smaller)
         smaller.start()
         cls.addClassCleanup(smaller.stop)
@@ -225,7 +225,6 @@ class Script:
             pair = self.networks(variant)
             average = copy.deepcopy(pair[0])
             opts = [Adam(each.parameters(), betas=(0.4, 0.999)) for each in pair]
-            all_y = self.labels(variant, labels)
             z = torch.randn(self.fakes, 7)[: self.compared + 64]
             y = self.labels(variant, torch.arange(len(z)) // self.per_class)
             fakes = self.module.sample(average, z, *y)
@@ -250,8 +249,9 @@ class Script:
                     mirror = torch.rand(8) < 0.5
                     real[mirror] = real[mirror].flip(3)
                 for opt in opts:
-                    opt.param_groups[0]["lr"] = 0.001 * (8 - step) / 8
-                inputs = real, torch.randn(8, 7), [each[chosen] for each in all_y]
+                    opt.param_groups[0]["lr"] = 0.01 * (8 - step) / 8
+                y_real = [each[chosen] for each in self.labels(variant, labels)]
+                inputs = real, torch.randn(8, 7), y_real
                 results.append(self.step_by_hand(step, *pair, *opts, *inputs))
                 keep = (step + 1) / (step + 10)
                 new = pair[0].state_dict()
@@ -271,8 +271,9 @@ class Script:
             close(torch.tensor(numbers), torch.tensor(results).mean(0)[: len(numbers)])
             fakes = self.module.sample(average, z, *y)
             covered = self.module.coverage(compared, fakes[: self.compared])
-            assert abs(row["coverage"] - covered) < 1e-6
-            assert abs(row["images_per_s"] * row["seconds"] - 32) < 0.01
+            close(row["coverage"], covered)
+            close(row["images_per_s"] * row["seconds"], 32.0)
+            assert checkpoint["opt_g"]["param_groups"][0]["fused"]  # faster
             self.assert_grid(images / "epoch_002.png", fakes[: rows * columns], columns)
 
     def step_by_hand(self, step, generator, discriminator, opt_g, opt_d, real, z, y):
@@ -370,9 +371,10 @@ class Script:
             files = sorted(files, key=lambda file: file.name)
             shown = np.stack([read(file) for file in files]).reshape(images.shape)
             np.testing.assert_allclose(shown, (images + 1) * 127.5, atol=0.6)
+            folders = ["generated"] * 13
             if variant == "classes":
                 folders = [f"{i % 10}_{self.names[i % 10]}" for i in range(13)]
-                assert [file.parent.name for file in files] == folders
+            assert [file.parent.name for file in files] == folders
         assert "generated_2" in call(self.module, *flags, "--seed 2")
         first, second = map(read, self.out.glob("generated_grid*"))
         assert (first != second).any()  # another seed draws other images
@@ -438,8 +440,8 @@ class Script:
             path.write_bytes(content)
             assert "damaged or not from this script" in self.resume(code=1)
             assert path.read_bytes() == content
-        flags = "--generate 1 --out-dir", self.folder / "new"
-        assert "Train first" in call(self.module, *flags, code=1)
+        self.out = self.folder / "new"
+        assert "Train first" in self.resume("--generate 1", code=1)
 
     def test_errors_are_explained_and_bugs_are_not_hidden(self):
         assert "smaller --lr" in self.train("--lr 1e30", code=1)
@@ -461,7 +463,7 @@ class Script:
     def test_flags_that_do_not_fit_are_refused_before_anything_is_written(self):
         names = "epochs batch-size latent-dim limit sample-every generate lr".split()
         zeros = [f"--{name} 0" for name in names]
-        for flag in *zeros, "--beta1 1", "--beta1 -0.1", "--lr nan", *self.bad_flags:
+        for flag in *zeros, "--beta1 1", "--lr nan", *self.bad_flags:
             text = call(self.module, flag, "--out-dir", self.out, code=2)
             assert flag.split()[0] in text.split("error:")[1]
         for flag in "--device cuda:99", "--batch-size 17", "--batch-size 1":
@@ -469,8 +471,8 @@ class Script:
         assert not self.out.exists()
 
     def test_a_failed_download_names_the_files(self):
-        flags = "--data-dir", self.folder, "--out-dir", self.out
-        text = call(self.module, *flags, code=1)
+        flags = "--data-dir", self.folder
+        text = call(self.module, *flags, "--out-dir", self.out, code=1)
         for word in (self.data_file, str(self.folder), "--toy"):
             assert word in text
         assert socket.getdefaulttimeout() == 60  # of a server that falls silent
@@ -563,15 +565,15 @@ class FashionTest(ClassTests, Folder):
 
     def test_the_copy_ratio_is_near_0_for_copies_and_near_1_for_new_images(self):
         torch.manual_seed(0)
-        training, held_out, new = torch.rand(3, 48, 1, 28, 28)
+        training, held_out, new = torch.rand(3, 50, 1, 28, 28)
         copies, path = training.flip(0) + 0.01 * new, self.folder / "nearest.png"
         assert abs(gan_fashion.copy_ratio(new, held_out, training) - 1) < 0.02
         assert abs(gan_fashion.copy_ratio(copies, held_out, training)) < 0.05
         gan_fashion.show_nearest(copies, held_out, training, path)
         nearest = torch.cdist(held_out.flatten(1), training.flatten(1)).argmin(1)
-        grid = [copies, training.flip(0), torch.ones(48, 1, 28, 28)]
+        grid = [copies, training.flip(0), torch.ones(50, 1, 28, 28)]
         grid += [held_out, training[nearest]]
-        self.assert_grid(path, torch.cat([images[::3] for images in grid]), 16)
+        self.assert_grid(path, torch.cat([images[::3][:16] for images in grid]), 16)
         with mock.patch.object(gan_fashion, "copy_ratio", return_value=0.5) as ratio:
             assert "copy ratio 0.50" in self.train()
         _, held_out, training = ratio.call_args.args
@@ -584,13 +586,14 @@ class Bf16Tests:
 
     flags, switches = f"{FLAGS} --no-bf16", (False, False)
 
-    def test_bfloat16_is_used_if_it_is_asked_for(self):
+    def test_bfloat16_is_used_if_asked_for_and_channels_last_always(self):
         weights = []
         for flag, name in ("--bf16", "bfloat16"), ("--no-bf16", "float32"):
             self.out = self.folder / name
             assert f" in {name}" in self.train(flag)
             weights.append(load(self.out / "models" / "generator.pth")["0.weight"])
         assert 0 < (weights[0] - weights[1]).abs().max() < 0.05
+        assert weights[0].is_contiguous(memory_format=torch.channels_last)
 
 
 class CifarTest(Bf16Tests, ClassTests, Folder):
@@ -684,8 +687,8 @@ class CelebaTest(Bf16Tests, Script, Folder):
         assert dcgan_celeba.copy_ratio(copies, training, small) < 0.01
         data, path = ((twice + 1) * 127.5).byte(), self.folder / "nearest.png"
         dcgan_celeba.show_nearest(copies[:8], training[:8], data, small, path)
-        column = read(path)[2:, 2:98].reshape(5, 98, 96, 3)[:, :96]
-        fake, found, gap, real, other = column
+        rows = read(path)[2:, 2:98].reshape(5, 98, 96, 3)[:, :96]
+        fake, found, gap, real, other = rows  # the first image of each
         assert abs(fake - found[:, ::-1]).max() <= 1  # a mirrored copy
         assert (gap == 255).all() and abs(real - other).mean() > 20
         with mock.patch.object(dcgan_celeba, "copy_ratio", return_value=0.5) as ratio:
