@@ -26,15 +26,17 @@ there, the best answer of D is p = 3/4; in general it is R / (R + F), for R real
 and F fakes. So p is high where fakes are still too rare, and G's updates move fakes
 there. When fakes are as common as real images everywhere, D can only guess: p is 0.5,
 loss_g is -log 0.5 = 0.69, loss_d is twice that, and G has nothing left to improve.
-In practice this can fail. If D separates all fakes from all real images, p is almost 0
-all around the fakes and tells G nothing of the way to the real images.
+In practice this can fail. If D separates all fakes from all real images, its logit may
+be equally low all around the fakes, and then it does not tell G in which direction the
+real images lie.
 
 What you will see in the grids of images, in the printed lines and in losses.png:
 
-- In a healthy run the grids get better and better, but the losses soon hardly move, as
+- In a healthy run the grids get better and better, but the losses soon move little, as
   both networks improve at the same time. A loss only tells who is ahead. A better guide
   is coverage, the share of real images that have a fake close by. It rises from 0 to
-  0.97, which is also what other real digits in place of the fakes would score.
+  0.97, which is also what other real digits in place of the fakes would score. With
+  --toy it begins to rise after about ten epochs.
 - Mode collapse: G draws only a few different images, because D accepts them. The losses
   may look healthy, but the grid repeats itself, and coverage stays low. If it is below
   0.2 in the second half of a run, the printed line warns.
