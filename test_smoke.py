@@ -110,7 +110,7 @@ class CommonTest(Folder):
             np.testing.assert_allclose(shown, expected, atol=0.51)
 
     def test_what_is_no_grid_is_refused(self):
-        for shape in (3, 8, 8), (1, 2, 8, 8), (0, 3, 8, 8):
+        for shape in (3, 8, 8), (1, 2, 8, 8):
             with self.assertRaises(ValueError):
                 save_grid(torch.zeros(shape), self.out / "grid.png")
 
@@ -396,14 +396,16 @@ class Script:
             assert files == set(self.files.split())
             with Image.open(out / "progress.gif") as picture:
                 assert picture.n_frames == 2
-            assert "19 images" in text and "LOW COVERAGE" in text  # it learned little
+            assert "19 images" in text
             with open(out / "history.csv", newline="") as file:
                 rows = [*csv.DictReader(file)]
             lines = re.findall(r"^epoch \d/2  .*", text, re.M)
             for line, row in zip(lines, rows, strict=True):
                 for name in f"{self.numbers} coverage".split():
                     shown = float(re.search(f"{name} (\\S+)", line)[1])
-                    assert abs(shown - float(row[name])) < 0.006, name
+                    assert abs(shown - float(row[name])) < 0.006
+                low = float(row["coverage"]) < 0.2 and row["epoch"] == "2"
+                assert line.endswith("LOW COVERAGE") == low
 
     def test_a_run_stopped_by_ctrl_c_ends_as_if_it_had_not_been(self):
         (self.out / "history.csv").mkdir(parents=True)  # cannot be written
@@ -417,7 +419,7 @@ class Script:
         assert re.search("has done 1 of 2 (.*\n)*epoch 2/2 ", self.resume())
         for name in self.files.split()[:5]:
             expected = (self.runs / variant / name).read_bytes()
-            assert (self.out / name).read_bytes() == expected, name
+            assert (self.out / name).read_bytes() == expected
 
     def test_resume_takes_flags_from_the_run_unless_they_are_given_anew(self):
         path = self.copy_run()
@@ -796,7 +798,3 @@ class CelebaTest(Bf16Tests, Script, Folder):
         ):
             layer(torch.full((1, 1), 2.0)).backward()  # 2 here, 4 elsewhere
         assert layer.weight.grad == 3
-
-
-if __name__ == "__main__":
-    unittest.main()
