@@ -396,7 +396,6 @@ class Script:
             assert files == set(self.files.split())
             with Image.open(out / "progress.gif") as picture:
                 assert picture.n_frames == 2
-            assert "19 images" in text
             with open(out / "history.csv", newline="") as file:
                 rows = [*csv.DictReader(file)]
             lines = re.findall(r"^epoch \d/2  .*", text, re.M)
@@ -672,9 +671,8 @@ class CelebaTest(Bf16Tests, Script, Folder):
 
     def test_few_images_have_small_batches(self):
         self.save(16)
-        for flag, expected in ("", 16), ("--batch-size 8", 8):
-            self.train_on_mine(flag)
-            assert self.trained_on[0].batch_size == expected
+        self.train_on_mine()
+        assert self.trained_on[0].batch_size == 16
         with mock.patch.object(dcgan_celeba, "load_data", lambda _: range(6400)):
             self.train_on_mine()
         assert self.trained_on[0].batch_size == 64
@@ -798,3 +796,6 @@ class CelebaTest(Bf16Tests, Script, Folder):
         ):
             layer(torch.full((1, 1), 2.0)).backward()  # 2 here, 4 elsewhere
         assert layer.weight.grad == 3
+        with mock.patch.object(dcgan_celeba, "share_gradients") as share:
+            self.train()
+        assert share.call_count == 2  # once for G, once for D
