@@ -185,8 +185,9 @@ class Script:
 
     def copy_run(self, variant=None):
         """Copies a run to self.out, by default the first. Returns its checkpoint."""
-        self.out = self.folder / (variant or "copy")
-        shutil.copytree(self.runs / (variant or [*self.variants][0]), self.out)
+        variant = variant or [*self.variants][0]
+        self.out = self.folder / variant
+        shutil.copytree(self.runs / variant, self.out)
         return self.out / "models" / "checkpoint.pth"
 
     def train(self, *flags, code=0):
