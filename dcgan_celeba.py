@@ -36,8 +36,9 @@ What the numbers mean here, where there are no test images:
 - The copy ratio, of thumbnails as well, compares how far fakes are from their nearest
   training images with how far real images are from their nearest other ones. Near 1,
   the fakes are new, and towards 0 they are copies. images/nearest.png shows both kinds
-  of pairs. Fog lowers the copy ratio, as it is close to many images: after 2 epochs on
-  300 photographs we saw 0.7. So it only counts once the fakes are sharp.
+  of pairs. Fog lowers the copy ratio, because it is close to many images: after 2
+  epochs on 300 photographs it was 0.7. So the ratio only counts once the fakes are
+  sharp.
 - In the first epochs D is far ahead, and a fool rate of 0.00 and a loss_g of 3 to 7 are
   no reason to stop.
 - With few images D soon knows them all by heart, and the losses look as if D had won:
@@ -298,14 +299,18 @@ def show_nearest(fakes, real, data, training, path):
     save_grid(torch.cat([fakes, found, gap, real, others]), path)
 
 
+MIN_EPOCH_STEPS = 100
+
+
 def train_epoch(
     args, epoch, device, bf16, data, generator, discriminator, average, opt_g, opt_d
 ):
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
     torch.manual_seed(args.seed * 10_000 + epoch)  # the same if resumed
-    # An epoch shows each image once or, if there are few, `repeats` times: after the
-    # division by len(data), the remainder is the index of an image.
+    # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If there
+    # are many images, repeats is 1. If there are few, several numbers stand for each
+    # image, and the remainder after the division by len(data) is the image's index.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data)) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
@@ -341,9 +346,6 @@ def train_epoch(
     row["seconds"] = time.perf_counter() - start
     row["images_per_s"] = updates * args.batch_size / row["seconds"]
     return row
-
-
-MIN_EPOCH_STEPS = 100
 
 
 def train(args, device, bf16, data, checkpoint):

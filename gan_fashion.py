@@ -271,14 +271,18 @@ def show_nearest(fakes, held_out, training, path):
     save_grid(torch.cat(rows[:-1]), path, columns=16)
 
 
+MIN_EPOCH_STEPS = 100
+
+
 def train_epoch(
     args, epoch, data, labels, generator, discriminator, average, opt_g, opt_d
 ):
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
     torch.manual_seed(args.seed * 10_000 + epoch)  # the same if resumed
-    # An epoch shows each image once or, if there are few, `repeats` times: after the
-    # division by len(data), the remainder is the index of an image.
+    # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If there
+    # are many images, repeats is 1. If there are few, several numbers stand for each
+    # image, and the remainder after the division by len(data) is the image's index.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
@@ -306,9 +310,6 @@ def train_epoch(
     row["seconds"] = time.perf_counter() - start
     row["images_per_s"] = updates * args.batch_size / row["seconds"]
     return row
-
-
-MIN_EPOCH_STEPS = 100
 
 
 def train(args, device, data, labels, held_out, checkpoint):
