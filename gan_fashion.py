@@ -280,9 +280,9 @@ def train_epoch(
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
     torch.manual_seed(args.seed * 10_000 + epoch)  # the same if resumed
-    # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If there
-    # are many images, repeats is 1. If there are few, several numbers stand for each
-    # image, and the remainder after the division by len(data) is the image's index.
+    # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
+    # there are many images, repeats is 1. If there are few, several numbers stand for
+    # each image: the remainder after the division by len(data) is the image's index.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
