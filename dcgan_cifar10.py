@@ -234,8 +234,8 @@ def r1_penalty(discriminator, real, labels):
 def update_average(average, generator, step):
     """Moves each weight of the averaged generator a little towards the generator's."""
     # The average keeps the share `keep` of itself. At first this share is small, so
-    # that the untrained weights are soon forgotten. After n steps the average spans
-    # about the last n / 9 of them, and from step 4,500 on always about the last 500.
+    # that the untrained weights are soon forgotten. It grows to 0.998, and the average
+    # is then that of about the last 500 steps.
     keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
     for name, value in average.state_dict().items():
@@ -320,7 +320,7 @@ def train(args, device, bf16, data, labels, checkpoint):
         Adam(network.parameters(), args.lr, (args.beta1, 0.999), fused=True)
         for network in (generator, discriminator)
     )
-    run = {  # also the last five arguments of train_epoch()
+    run = {  # all that training changes: for train_epoch() and for checkpoints
         "generator": generator,
         "discriminator": discriminator,
         "average": average,

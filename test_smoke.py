@@ -300,6 +300,18 @@ class Script:
         rates = p_real > 0.5, p_fake < 0.5, p_new > 0.5
         return loss_d.item(), loss_g.item(), *(each.double().mean() for each in rates)
 
+    def test_all_tensors_go_to_the_device_that_is_named(self):
+        # Tensors on "meta" have no values, and do not mix with the CPU's: like a GPU's.
+        with (
+            mock.patch("torch.Tensor.item", lambda _: 1.0),
+            mock.patch("torch.Tensor.cpu", lambda tensor: torch.ones(tensor.shape)),
+            mock.patch("torch.autocast", lambda *_, **__: contextlib.nullcontext()),
+            mock.patch.object(self.module, "Adam", lambda *args, fused: Adam(*args)),
+        ):
+            for variant, flags in self.variants.items():
+                self.out = self.folder / variant
+                self.train("--device meta", flags)
+
     def test_a_step_keeps_no_graph_and_no_gradients_of_g_in_d(self):
         for variant in self.variants:
             pair, y = self.networks(variant), self.labels(variant, torch.arange(4))
