@@ -13,8 +13,9 @@ Rule 1. Strides, no pooling. A pooling layer halves height and width in a fixed 
     stride of 2 doubles them, but both learn how to do it.
 Rule 2. No hidden dense layers. Most weights of D in gan_fashion.py are in its dense
     layer, which has separate weights for each place in the image. A convolution uses
-    the same few weights everywhere: what it learns at one place, it knows at all. (Only
-    G's first and D's last convolution, from and to a single place, are dense in fact.)
+    the same few weights everywhere: what it learns in one corner of an image, it can
+    use in all others. (Only G's first convolution, which begins with an image of one
+    pixel, and D's last one, which ends with one, are dense in fact.)
 Rule 3. BatchNorm in each layer except three. It keeps the numbers in all layers at one
     scale, so that gradients neither vanish nor explode on their way through many
     layers. The exceptions are the last layer of G and the first layer of D, as images
@@ -99,6 +100,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -273,8 +275,8 @@ def train_epoch(
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
     total = args.epochs * updates
-    step = (epoch - 1) * updates
-    results = []
+    step = first = (epoch - 1) * updates
+    sums = Counter()  # its update() adds to what is there
     for indices in order.split(args.batch_size)[:updates]:
         # The learning rate falls to 0, so that both networks come to rest at the end.
         for opt in opt_d, opt_g:
@@ -286,15 +288,16 @@ def train_epoch(
         z = torch.randn(args.batch_size, args.latent_dim, device=data.device)
         y = labels[indices]
         r1 = step % R1_INTERVAL == 0
-        results.append(
+        sums.update(
             train_step(generator, discriminator, opt_g, opt_d, real, y, z, r1, bf16)
         )
         step += 1
         update_average(average, generator, step)
-        show_progress(step, total, len(results) / (time.perf_counter() - start))
+        speed = (step - first) / (time.perf_counter() - start)
+        show_progress(step, total, speed)
     row = {"epoch": epoch}
-    for name in results[0]:
-        row[name] = torch.stack([result[name] for result in results]).mean().item()
+    for name, value in sums.items():
+        row[name] = (value / updates).item()
     row["seconds"] = time.perf_counter() - start
     row["images_per_s"] = updates * args.batch_size / row["seconds"]
     return row

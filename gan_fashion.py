@@ -68,6 +68,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -287,8 +288,8 @@ def train_epoch(
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
     total = args.epochs * updates
-    step = (epoch - 1) * updates
-    results = []
+    step = first = (epoch - 1) * updates
+    sums = Counter()  # its update() adds to what is there
     for indices in order.split(args.batch_size)[:updates]:
         # The learning rate falls to 0, so that both networks come to rest at the end.
         for opt in opt_d, opt_g:
@@ -298,15 +299,16 @@ def train_epoch(
         y = labels[indices]
         train_d = step % args.g_steps == 0
         r1 = step % (args.g_steps * R1_INTERVAL) == 0
-        results.append(
+        sums.update(
             train_step(generator, discriminator, opt_g, opt_d, real, y, z, train_d, r1)
         )
         step += 1
         update_average(average, generator, step)
-        show_progress(step, total, len(results) / (time.perf_counter() - start))
+        speed = (step - first) / (time.perf_counter() - start)
+        show_progress(step, total, speed)
     row = {"epoch": epoch}
-    for name in results[0]:
-        row[name] = torch.stack([result[name] for result in results]).mean().item()
+    for name, value in sums.items():
+        row[name] = (value / updates).item()
     row["seconds"] = time.perf_counter() - start
     row["images_per_s"] = updates * args.batch_size / row["seconds"]
     return row

@@ -68,6 +68,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -268,21 +269,22 @@ def train_epoch(args, epoch, data, generator, discriminator, average, opt_g, opt
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
     total = args.epochs * updates
-    step = (epoch - 1) * updates
-    results = []
+    step = first = (epoch - 1) * updates
+    sums = Counter()  # its update() adds to what is there
     for indices in order.split(args.batch_size)[:updates]:
         # The learning rate falls to 0, so that both networks come to rest at the end.
         for opt in opt_d, opt_g:
             opt.param_groups[0]["lr"] = args.lr * (1 - step / total)
         real = data[indices] / 127.5 - 1  # from [0, 255] to [-1, 1], as fakes are
         z = torch.randn(args.batch_size, args.latent_dim, device=data.device)
-        results.append(train_step(generator, discriminator, opt_g, opt_d, real, z))
+        sums.update(train_step(generator, discriminator, opt_g, opt_d, real, z))
         step += 1
         update_average(average, generator, step)
-        show_progress(step, total, len(results) / (time.perf_counter() - start))
+        speed = (step - first) / (time.perf_counter() - start)
+        show_progress(step, total, speed)
     row = {"epoch": epoch}
-    for name in results[0]:
-        row[name] = torch.stack([result[name] for result in results]).mean().item()
+    for name, value in sums.items():
+        row[name] = (value / updates).item()
     row["seconds"] = time.perf_counter() - start
     row["images_per_s"] = updates * args.batch_size / row["seconds"]
     return row

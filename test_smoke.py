@@ -303,14 +303,12 @@ class Script:
     def test_all_tensors_go_to_the_device_that_is_named(self):
         # Tensors on "meta" have no values, and do not mix with the CPU's: like a GPU's.
         with (
-            mock.patch("torch.Tensor.item", lambda _: 1.0),
+            mock.patch("torch.Tensor.item", return_value=1.0),
             mock.patch("torch.Tensor.cpu", lambda tensor: torch.ones(tensor.shape)),
-            mock.patch("torch.autocast", lambda *_, **__: contextlib.nullcontext()),
+            mock.patch("torch.autocast"),
             mock.patch.object(self.module, "Adam", lambda *args, fused: Adam(*args)),
         ):
-            for variant, flags in self.variants.items():
-                self.out = self.folder / variant
-                self.train("--device meta", flags)
+            self.train("--device meta")
 
     def test_a_step_keeps_no_graph_and_no_gradients_of_g_in_d(self):
         for variant in self.variants:
@@ -457,14 +455,10 @@ class Script:
         self.out = self.folder / "new"
         assert "Train first" in self.resume("--generate 1", code=1)
 
-    def test_errors_are_explained_and_bugs_are_not_hidden(self):
+    def test_a_loss_that_explodes_is_explained_and_not_saved(self):
         assert "smaller --lr" in self.train("--lr 1e30", code=1)
         weights = load(self.out / "models" / "generator.pth").values()
         assert all(value.isfinite().all() for value in weights)
-        self.out = self.folder / "bug"
-        with mock.patch.object(self.module, "train", side_effect=RuntimeError):
-            with self.assertRaises(RuntimeError):
-                self.train()
 
     def test_what_exists_is_never_overwritten_or_lost(self):
         path = self.copy_run()
@@ -485,8 +479,8 @@ class Script:
         assert not self.out.exists()
 
     def test_a_failed_download_names_the_files(self):
-        flags = "--data-dir", self.folder
-        text = call(self.module, *flags, "--out-dir", self.out, code=1)
+        folders = "--data-dir", self.folder, "--out-dir", self.out
+        text = call(self.module, *folders, code=1)
         for word in (self.data_file, str(self.folder), "--toy"):
             assert word in text
         assert socket.getdefaulttimeout() == 60  # of a server that falls silent
@@ -659,10 +653,9 @@ class CelebaTest(Bf16Tests, Script, Folder):
 
         Returns what is printed. self.trained_on is what train() is called with.
         """
-        flags = "--image-size 32", *flags, *self.images
-        flags = *flags, "--data-dir", self.data, "--out-dir", self.out
+        folders = *self.images, "--data-dir", self.data, "--out-dir", self.out
         with mock.patch.object(dcgan_celeba, "train") as train:
-            text = call(self.module, *flags, code=code)
+            text = call(self.module, "--image-size 32", *flags, *folders, code=code)
         self.trained_on = train.call_args and train.call_args.args
         return text
 
@@ -682,14 +675,6 @@ class CelebaTest(Bf16Tests, Script, Folder):
             with self.assertRaisesRegex(ValueError, f"32.*{size}"):
                 dcgan_celeba.Discriminator(32)(images)
 
-    def test_few_images_have_small_batches(self):
-        self.save(16)
-        self.train_on_mine()
-        assert self.trained_on[0].batch_size == 16
-        with mock.patch.object(dcgan_celeba, "load_data", lambda _: range(6400)):
-            self.train_on_mine()
-        assert self.trained_on[0].batch_size == 64
-
     def test_the_copy_ratio_is_near_0_for_copies_and_near_1_for_new_images(self):
         torch.manual_seed(0)
         training, new = torch.rand(2, 60, 3, 32, 32) * 2 - 1
@@ -706,6 +691,7 @@ class CelebaTest(Bf16Tests, Script, Folder):
         assert (gap == 255).all() and abs(real - other).mean() > 20
         with mock.patch.object(dcgan_celeba, "copy_ratio", return_value=0.5) as ratio:
             assert "copy ratio 0.50" in self.train()
+        assert read(self.out / "images" / "nearest.png").shape == (492, 786, 3)
         faces = dcgan_celeba.draw_faces(16, 32) / 127.5 - 1
         close(ratio.call_args.args[2], dcgan_celeba.thumbnails(faces))
 
