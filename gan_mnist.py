@@ -26,9 +26,9 @@ there, the best answer of D is p = 3/4; in general it is R / (R + F), for R real
 and F fakes. So p is high where fakes are still too rare, and G's updates move fakes
 there. When fakes are as common as real images everywhere, D can only guess: p is 0.5,
 loss_g is -log 0.5 = 0.69, loss_d is twice that, and G has nothing left to improve.
-In practice this can fail. If D separates all fakes from all real images, its logit may
-be equally low all around the fakes, and then it does not tell G in which direction the
-real images lie.
+In practice this can fail. If D has found some detail by which it recognises all fakes
+for sure, its gradient tells G about this detail at best, and no longer in which
+direction the real images lie.
 
 What you will see in the grids of images, in the printed lines and in losses.png:
 
