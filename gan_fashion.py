@@ -196,9 +196,8 @@ def r1_penalty(discriminator, real, labels):
     Try it: set R1_WEIGHT to 0 and train again. D then gets further ahead: after 10
     epochs loss_d is 0.44 instead of 1.15, and the fool rate 0.05 instead of 0.15. More
     of the clothes in the grid are torn or smeared, which coverage hardly notices: it is
-    0.95 instead of 0.97. We have also measured how well D's gradient at a fake points
-    to the most similar real image: the cosine of the angle between the two directions
-    is 0.07 with R1, and 0.03 without.
+    0.95 instead of 0.97. The gradient of D's logit then has a length of about 10
+    instead of 0.6, at real images and at fakes alike.
 
     R1 takes time. So it is computed for half of the batch, at every 16th update of D,
     and made 16 times as strong (lazy regularization, Karras et al. 2020). It is not
