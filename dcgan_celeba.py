@@ -50,7 +50,7 @@ What the numbers mean here, where there are no test images:
                                                    coverage  coverage by
                                    loss_d  loss_g  by fakes  other images  copy ratio
     300 photographs, 50 epochs       0.11    3.19      0.96          0.92        1.03
-    23,707 photographs, 6 epochs     0.64    1.49      0.88          0.96        1.12
+    23,707 photographs, 6 epochs     0.86    1.21      0.92          0.96        1.06
 
 A larger --image-size adds blocks to both networks: one for 128, two for 256. Each
 doubling makes four times as many pixels, and an update takes about four times as long.
