@@ -45,7 +45,9 @@ What the numbers mean here, where there are no test images:
   no reason to stop.
 - With few images D soon knows them all by heart, and the losses look as if D had won:
   loss_d comes near 0, as in the first line below. Look at the grids: as long as they
-  get better, train on. If they get worse again, start a new run with fewer --epochs.
+  get better, train on. If they get worse again, type the same command with another
+  --out-dir, which repeats the run, and stop it by Ctrl-C where the grids were best:
+  models/generator.pth is always that of the last whole epoch.
 
                                                    coverage  coverage by
                                    loss_d  loss_g  by fakes  other images  copy ratio
