@@ -16,8 +16,10 @@ to leave out. You see some of the squares in images/real.png. After 20 updates i
 how long an epoch and the whole run of 50 epochs will take. Ctrl-C stops the run, and
 the same command with --resume continues it.
 
-G learns by updates. So a batch has only 16 images, and if there are few images, an
-epoch repeats them until it has at least 100 updates. On two CPU cores, at 64 x 64:
+On a CPU, an update with 64 images takes about four times as long as one with 16, but
+does not teach four times as much. So a batch has only 16 images. If there are few
+images, an epoch repeats them until it has at least 100 updates. On two CPU cores, at
+64 x 64 pixels:
 
       images   updates in an epoch   an epoch takes
          300                   112          17 s
@@ -25,8 +27,9 @@ epoch repeats them until it has at least 100 updates. On two CPU cores, at 64 x 
        5,000                   312          48 s
       23,707                 1,481       4 min
 
-With a GPU, add --batch-size 64 or more: on an NVIDIA H200, an update with 512 images
-took only 1.5 times as long as one with 64.
+A GPU computes many images at once. With an earlier version of this script, an update
+with 512 images took an NVIDIA H200 only 1.5 times as long as one with 64. So add
+--batch-size 64 or more there.
 
 What the numbers mean here, where there are no test images:
 
@@ -232,8 +235,8 @@ def r1_penalty(discriminator, real):
 def update_average(average, generator, step):
     """Moves each weight of the averaged generator a little towards the generator's."""
     # The average keeps the share `keep` of itself. At first this share is small, so
-    # that the untrained weights are soon forgotten. It grows to 0.998, and the average
-    # is then that of about the last 500 steps.
+    # that the untrained weights are soon forgotten. After 4,500 steps it is 0.998, and
+    # from then on the average is taken over about the last 500 steps.
     keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
     for name, value in average.state_dict().items():
@@ -324,7 +327,7 @@ def train_epoch(
     # All processes draw the same random numbers, and each uses its part of a batch. If
     # there is one process, that is all of it.
     mine = slice(RANK, None, PROCESSES)
-    sums = Counter()  # its update() adds to what is there
+    sums = Counter()  # sums.update() adds to it. (A list of all would take memory.)
     for indices in order.split(args.batch_size)[:updates]:
         # The learning rate falls to 0, so that both networks come to rest at the end.
         for opt in opt_d, opt_g:
@@ -807,7 +810,7 @@ def parse_args(**settings):
         "--batch-size",
         type=positive,
         default=16,
-        help="images per update; on a GPU rather 64 (%(default)s)",
+        help="images per step; on a GPU rather 64 (%(default)s)",
     )
     flag("--lr", type=float, help="first learning rate (4e-4; toy 1e-3)")
     flag("--beta1", type=float, default=0.5, help="Adam's beta1 (%(default)s)")

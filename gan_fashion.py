@@ -196,8 +196,8 @@ def r1_penalty(discriminator, real, labels):
     Try it: set R1_WEIGHT to 0 and train again. D then gets further ahead: after 10
     epochs loss_d is 0.44 instead of 1.15, and the fool rate 0.05 instead of 0.15. More
     of the clothes in the grid are torn or smeared, which coverage hardly notices: it is
-    0.95 instead of 0.97. The gradient of D's logit then has a length of about 10
-    instead of 0.6, at real images and at fakes alike.
+    0.95 instead of 0.97. The gradient of D's logit with respect to the pixels then has
+    a length of about 10 instead of 0.6, at real images and at fakes alike.
 
     R1 takes time. So it is computed for half of the batch, at every 16th update of D,
     and made 16 times as strong (lazy regularization, Karras et al. 2020). It is not
@@ -217,8 +217,8 @@ def r1_penalty(discriminator, real, labels):
 def update_average(average, generator, step):
     """Moves each weight of the averaged generator a little towards the generator's."""
     # The average keeps the share `keep` of itself. At first this share is small, so
-    # that the untrained weights are soon forgotten. It grows to 0.998, and the average
-    # is then that of about the last 500 steps.
+    # that the untrained weights are soon forgotten. After 4,500 steps it is 0.998, and
+    # from then on the average is taken over about the last 500 steps.
     keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
     for name, value in average.state_dict().items():
@@ -288,7 +288,7 @@ def train_epoch(
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
     total = args.epochs * updates
     step = first = (epoch - 1) * updates
-    sums = Counter()  # its update() adds to what is there
+    sums = Counter()  # sums.update() adds to it. (A list of all would take memory.)
     for indices in order.split(args.batch_size)[:updates]:
         # The learning rate falls to 0, so that both networks come to rest at the end.
         for opt in opt_d, opt_g:

@@ -230,8 +230,8 @@ def update_average(average, generator, step):
     generator. step: the number of updates so far, from 1.
     """
     # The average keeps the share `keep` of itself. At first this share is small, so
-    # that the untrained weights are soon forgotten. It grows to 0.998, and the average
-    # is then that of about the last 500 steps.
+    # that the untrained weights are soon forgotten. After 4,500 steps it is 0.998, and
+    # from then on the average is taken over about the last 500 steps.
     keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
     for name, value in average.state_dict().items():
@@ -270,7 +270,7 @@ def train_epoch(args, epoch, data, generator, discriminator, average, opt_g, opt
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
     total = args.epochs * updates
     step = first = (epoch - 1) * updates
-    sums = Counter()  # its update() adds to what is there
+    sums = Counter()  # sums.update() adds to it. (A list of all would take memory.)
     for indices in order.split(args.batch_size)[:updates]:
         # The learning rate falls to 0, so that both networks come to rest at the end.
         for opt in opt_d, opt_g:
