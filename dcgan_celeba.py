@@ -1,9 +1,9 @@
 """A DCGAN for a folder of your own images, or for CelebA's photographs of faces.
 
 Read dcgan_cifar10.py first: networks and training follow the same rules. There are no
-labels here, the layers are wider, and the learning rate (0.0004) and beta1 (0.5) suit
-them: all three were found by trying. New are the image size, which is a number now,
-images of your own, what to do if you have few of them, and several GPUs.
+labels here, and the layers are wider. Their width, the learning rate (0.0004) and beta1
+(0.5) were found by trying. New are the image size, which is a number now, images of
+your own, what to do if you have few of them, and several GPUs.
 
 Your images should show one kind of thing, framed alike: faces, leaves on white paper,
 houses from the street. Put them into a folder, with subfolders or without, and type:
@@ -12,9 +12,14 @@ houses from the street. Put them into a folder, with subfolders or without, and 
 
 At each start the script decodes all images that Pillow can read (no HEIC). It uses the
 middle square of each, scaled to 64 x 64 pixels, and names damaged images, which it has
-to leave out. You see some of the squares in images/real.png. After 20 updates it prints
-how long an epoch and the whole run of 50 epochs will take. Ctrl-C stops the run, and
-the same command with --resume continues it.
+to leave out. You see some of the squares in runs/mine/images/real.png. Half of the
+squares are mirrored each time. If a mirror would spoil yours, as with letters, add
+--no-flip. After 20 updates the script prints how long an epoch and the whole run of 50
+epochs will take. Ctrl-C stops the run, and the same command with --resume continues it
+after the last whole epoch.
+
+Without --images, the script learns from CelebA's 202,599 photographs. It downloads them
+(1.4 GB) into the folder data, unless they are there already.
 
 On a CPU, an update with 64 images takes about four times as long as one with 16, but
 does not teach four times as much. So a batch has only 16 images. If there are few
@@ -27,50 +32,51 @@ images, an epoch repeats them until it has at least 100 updates. On two CPU core
        5,000                   312          48 s
       23,707                 1,481       4 min
 
-A GPU computes many images at once. With an earlier version of this script, an update
-with 512 images took an NVIDIA H200 only 1.5 times as long as one with 64. So add
---batch-size 64 or more there.
+A GPU computes many images at once, and batches of 16 waste its time: for 512 images an
+NVIDIA H200 needed only 1.5 times the time of 64 (with an earlier version of this
+script). So add --batch-size 64 or more there.
 
 What the numbers mean here, where there are no test images:
 
-- Coverage is the share of real images that have a fake close by, as before. The real
-  images are one half of yours (1,000 at most), and before training the script prints
-  the coverage that the other half scores in place of the fakes. Images are compared as
-  thumbnails of 8 x 8 pixels. So coverage tells whether the fakes are as different from
-  each other as your images are, and nothing about sharpness: fog scores high, too.
+- Coverage is the share of your images (of 1,000 of them, if they have 64 x 64 pixels)
+  that have a fake close by, as before. Images are compared as thumbnails of 8 x 8
+  pixels. So coverage tells whether the fakes are as different from each other as your
+  images are, and nothing about sharpness: blurred fakes score high, too.
 - The copy ratio, of thumbnails as well, compares how far fakes are from their nearest
   training images with how far real images are from their nearest other ones. Near 1,
-  the fakes are new, and towards 0 they are copies. images/nearest.png shows both kinds
-  of pairs. Fog lowers the copy ratio, because it is close to many images: after 2
-  epochs on 300 photographs it was 0.7. So the ratio only counts once the fakes are
-  sharp.
+  the fakes are new, and towards 0 they are copies. It is printed at the end of the run,
+  and images/nearest.png shows both kinds of pairs. A blurred image is close to many
+  others, which lowers the copy ratio. So it counts only once the fakes are sharp.
 - In the first epochs D is far ahead, and a fool rate of 0.00 and a loss_g of 3 to 7 are
   no reason to stop.
 - With few images D soon knows them all by heart, and the losses look as if D had won:
   loss_d comes near 0, as in the first line below. Look at the grids: as long as they
-  get better, train on. If they get worse again, type the same command with another
-  --out-dir, which repeats the run, and stop it by Ctrl-C where the grids were best:
-  models/generator.pth is always that of the last whole epoch.
+  get better, train on.
+- If they get worse again, and were best after 15 epochs, say, repeat the run: type the
+  same command with another --out-dir, and stop it by Ctrl-C after epoch 15. The folder
+  models then holds the networks of this epoch. Add --resume --epochs 15, and the script
+  also writes the copy ratio and images/nearest.png.
 
-                                                   coverage  coverage by
-                                   loss_d  loss_g  by fakes  other images  copy ratio
-    300 photographs, 50 epochs       0.11    3.19      0.96          0.92        1.03
-    23,707 photographs, 6 epochs     0.86    1.21      0.92          0.96        1.06
+                                   loss_d  loss_g  coverage  copy ratio
+    300 photographs, 50 epochs       0.11    3.19      XXXX        XXXX
+    23,707 photographs, 6 epochs     0.86    1.21      0.92        1.06
+
+(They are cropped photographs of faces, and not those of CelebA.)
 
 A larger --image-size adds blocks to both networks: one for 128, two for 256. Each
-doubling makes four times as many pixels, and an update takes about four times as long.
+doubling makes four times as many pixels, and an update takes about XXXX times as long.
 A size of 32 takes a block away. Its layers are narrower, and on 300 photographs they
 learned better at a higher rate than the default: add --lr 0.0016.
 
-A run that is resumed with more --epochs begins with a higher learning rate than it
-ended with, as the rate falls to 0 at the last epoch. So images may get worse at first.
+The learning rate falls to 0 at the last epoch. If a finished run is resumed with more
+--epochs, the rate jumps up first, and so the images may get worse for a while.
 
     python dcgan_celeba.py --batch-size 64                      # CelebA, for a GPU
     python dcgan_celeba.py --images FOLDER --out-dir runs/large --image-size 128
     python dcgan_celeba.py --resume --epochs 100 --out-dir runs/mine    # train longer
     python dcgan_celeba.py --generate 100 --out-dir runs/mine   # after training
     python dcgan_celeba.py --toy --out-dir runs/faces_toy       # with no download
-    torchrun --nproc-per-node 2 dcgan_celeba.py  # two GPUs, once CelebA is downloaded
+    torchrun --nproc-per-node 2 dcgan_celeba.py --batch-size 128    # two GPUs, CelebA
 
 To use the averaged generator elsewhere, copy this file, common.py and, from the folder
 models, generator.pth:
@@ -216,14 +222,15 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16):
     }
 
 
-R1_INTERVAL = 16
-R1_WEIGHT = 0.05 * R1_INTERVAL
+R1_INTERVAL = 16  # R1 is computed at every 16th update only, as it is slow
+R1_WEIGHT = 0.05 * R1_INTERVAL  # and is 16 times as strong for it
 
 
 def r1_penalty(discriminator, real):
     """Returns R1_WEIGHT times the mean squared length of D's gradient at real images.
 
-    See gan_fashion.py. It is computed in float32, also with bf16.
+    See gan_fashion.py. It is computed at half of the batch, which saves time, and in
+    float32, also with bf16.
     """
     half = len(real) // 2
     real = real[:half].requires_grad_()
@@ -264,8 +271,9 @@ def coverage(real, fake):
     return (nearest_fake < radius).float().mean().item()
 
 
-# The same photograph, saved again as a JPEG file, has a thumbnail at a distance of 0.02
-# to 0.2. Different photographs of faces are hardly ever closer than 0.8.
+# Thumbnails of real images that are closer to each other than this are taken for the
+# same image. The same photograph, saved again as a JPEG file, is at 0.02 to 0.2, and
+# different photographs of faces are hardly ever closer than 0.8.
 SAME_IMAGE = 0.2
 
 
@@ -300,6 +308,7 @@ def show_nearest(fakes, real, data, training, path):
     images, and their nearest other training images.
 
     As long as fakes resemble theirs no more than real images do, they are no copies.
+    The mirror image of a training image may be the nearest, but is not shown mirrored.
     """
     found = data[nearest(fakes, training).indices] / 127.5 - 1
     others = data[nearest(real, training, SAME_IMAGE).indices] / 127.5 - 1
@@ -315,7 +324,8 @@ def train_epoch(
 ):
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
-    torch.manual_seed(args.seed * 10_000 + epoch)  # the same if resumed
+    # A resumed run draws the same random numbers in this epoch.
+    torch.manual_seed(args.seed * 10_000 + epoch)
     # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
     # there are many images, repeats is 1. If there are few, several numbers stand for
     # each image: the remainder after the division by len(data) is the image's index.
@@ -327,12 +337,13 @@ def train_epoch(
     # All processes draw the same random numbers, and each uses its part of a batch. If
     # there is one process, that is all of it.
     mine = slice(RANK, None, PROCESSES)
-    sums = Counter()  # sums.update() adds to it. (A list of all would take memory.)
+    sums = Counter()  # sums.update() adds the numbers of a step to the sums so far
     for indices in order.split(args.batch_size)[:updates]:
         # The learning rate falls to 0, so that both networks come to rest at the end.
         for opt in opt_d, opt_g:
             opt.param_groups[0]["lr"] = args.lr * (1 - step / total)
-        real = data[indices[mine]].to(device) / 127.5 - 1  # from [0, 255] to [-1, 1]
+        # From [0, 255] to [-1, 1]. contiguous() is for Apple's GPUs, see train().
+        real = data[indices[mine]].contiguous().to(device) / 127.5 - 1
         if args.flip:
             # Half of the images are mirrored: more variety for D to learn from.
             mirror = torch.rand(args.batch_size, 1, 1, 1)[mine].to(device) < 0.5
@@ -362,7 +373,7 @@ def train(args, device, bf16, data, checkpoint):
     written, and FloatingPointError if a loss is not finite.
     """
     torch.manual_seed(args.seed)
-    # Channels last, except on Apple's GPUs, for which PyTorch has had errors with it.
+    # Channels last, except on Apple's GPUs, where PyTorch's BatchNorm failed with it.
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     generator = Generator(args.latent_dim, args.image_size)
     discriminator = Discriminator(args.image_size)
@@ -385,18 +396,22 @@ def train(args, device, bf16, data, checkpoint):
     if checkpoint:
         for name in run:
             run[name].load_state_dict(checkpoint[name])
+        # Adam's moments have to lie in memory as their weights do. If the run began on
+        # another device they may not. A sum gets the layout of its first term.
+        for opt in opt_g, opt_d:
+            for weight, moments in opt.state.items():
+                for name in "exp_avg", "exp_avg_sq":
+                    moments[name] = torch.zeros_like(weight) + moments[name]
     if RANK == 0:
         save_checkpoint(args, run, history)  # if this is impossible, we know it now
 
     # All grids are drawn from the same latent vectors, so that they can be compared.
+    # There are 1,000 at a size of 64, and fewer of larger images, to save memory.
     fixed_z = torch.randn(64_000 // args.image_size, args.latent_dim)
-    # Coverage is of one half of the real images, 1,000 at most (500 at a size of 128,
-    # for the memory). For comparison we print what the other half scores.
-    count = min(len(data) // 2, len(fixed_z))
-    mixed = data[torch.randperm(len(data))[: 2 * count]] / 127.5 - 1
-    real_images, others = mixed.split(count)
-    say(f"coverage by other real images: {coverage(real_images, others):.2f}")
-    fixed_z = fixed_z[: count + 64]  # enough for coverage and for the grid
+    # Coverage compares real images with as many fakes.
+    count = min(len(data), len(fixed_z))
+    real_images = data[torch.randperm(len(data))[:count]] / 127.5 - 1
+    fixed_z = fixed_z[: max(count, 200)]  # the grid needs 64, and the copy ratio 200
     if not history and RANK == 0:
         save_grid(real_images[:64], f"{args.out_dir}/images/real.png")
         save_grid(sample(average, fixed_z[:64]), f"{args.out_dir}/images/epoch_000.png")
@@ -404,7 +419,7 @@ def train(args, device, bf16, data, checkpoint):
         row = train_epoch(args, epoch, device, bf16, data, **run)
         fakes = sample(average, fixed_z)
         row["coverage"] = coverage(real_images, fakes[:count])
-        if not math.isfinite(sum(row.values())):
+        if not fakes.isfinite().all():  # a loss, and then all weights, became NaN
             raise FloatingPointError("A loss is not finite: add a smaller --lr")
         history.append(row)
         if RANK == 0:
@@ -412,7 +427,7 @@ def train(args, device, bf16, data, checkpoint):
             save_checkpoint(args, run, history)
         print_epoch(args, row)
 
-    fakes = sample(average, fixed_z)
+    fakes = sample(average, fixed_z)  # there are none yet if no epoch was left to do
     training = torch.cat(  # in parts: all at once could take too much memory
         [thumbnails(part / 127.5 - 1) for part in data.split(100)]
     )
@@ -430,7 +445,7 @@ def sample(generator, z):
     """Returns an image for each latent vector: N x 3 x size x size, on the CPU.
 
     The images are in [-1, 1], and are drawn by a copy of the generator in evaluation
-    mode, in which BatchNorm uses the mean and variance stored during training.
+    mode, in which BatchNorm uses its stored mean and variance, and not the batch's.
     """
     generator = copy.deepcopy(generator).eval()  # the original keeps its mode
     device = next(generator.parameters()).device
@@ -709,6 +724,7 @@ def plot_history(history, path):
     """Plots the losses on the left, and what lies between 0 and 1 on the right."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
+    # If D only guesses, p is 0.5: -2 log 0.5 is 1.386, and -log 0.5 is 0.693.
     left.axhline(1.386, color="C0", linestyle="--", label="loss_d if D only guesses")
     left.axhline(0.693, color="C1", linestyle="--", label="loss_g if D only guesses")
     right.set_ylim(0, 1)

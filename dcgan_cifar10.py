@@ -6,7 +6,7 @@ the printed line and labels. New here are the rules of the DCGAN paper (Radford 
 
 Before that paper, convolutional GANs were hard to train. Its authors found networks
 that train more stably. Here are their rules, each with its reason. In the code, a
-comment names the rule at the first line that follows it.
+comment names each rule where it is first followed.
 
 Rule 1. Strides, no pooling. A pooling layer halves height and width in a fixed way. A
     convolution with a stride of 2 halves them, too, and a transposed convolution with a
@@ -14,36 +14,38 @@ Rule 1. Strides, no pooling. A pooling layer halves height and width in a fixed 
 Rule 2. No hidden dense layers. Most weights of D in gan_fashion.py are in its dense
     layer, which has separate weights for each place in the image. A convolution uses
     the same few weights everywhere: what it learns in one corner of an image, it can
-    use in all others. (Only G's first convolution, which begins with an image of one
-    pixel, and D's last one, which ends with one, are dense in fact.)
+    use in all others. (G's first convolution begins with an image of a single pixel,
+    and D's last one ends with a single pixel. So these two are dense all the same.)
 Rule 3. BatchNorm in each layer except three. It keeps the numbers in all layers at one
     scale, so that gradients neither vanish nor explode on their way through many
-    layers. The exceptions are the last layer of G and the first layer of D, as images
-    have a brightness and a contrast of their own, which G has to make and D has to see.
-    D's last layer has none, either: BatchNorm would give a batch of real images and a
-    batch of fakes logits of the same mean.
+    layers. But it also gives all batches the same mean, and D sees real images and
+    fakes in separate batches. With BatchNorm in D's first layer, D could not see
+    whether all fakes are too dark. With BatchNorm in D's last layer, the mean logit of
+    the fakes would always equal that of the real images. The third exception is G's
+    last layer, where the authors found that BatchNorm made training unstable.
 Rule 4. ReLU in G, with tanh at its end, as pixels lie in [-1, 1]. LeakyReLU in D: its
     slope is nowhere 0, so that gradients get through D to G.
-Rule 5. Small random weights at the start. Then the last layer of G gives numbers near
-    0, which is grey, and D is far from sure of anything: neither network is ahead.
-Rule 6. Adam with a learning rate of 0.0002 and beta1 of 0.5. The reason for so little
-    momentum is in gan_mnist.py.
+Rule 5. Small random weights at the start, with a standard deviation of 0.02. Then the
+    last layer of G gives numbers near 0, which is grey, and D is far from sure of
+    anything: neither network is ahead.
+Rule 6. Adam with a learning rate of 0.0002 and beta1 of 0.5, so little momentum. As
+    gan_mnist.py says, momentum pushes on after the other network has changed.
 
 Where we differ from the paper:
 
-- The learning rate is 0.002, beta1 is 0, and there is R1, which keeps D beatable at
-  this higher rate. So both networks learn faster. With --lr 2e-4 --beta1 0.5 and
-  without R1 (R1_WEIGHT = 0 in the code below), D is far ahead after 7 epochs: loss_d is
-  0.26 instead of 1.20, and the shapes in the grid are more torn.
+- There is R1, which keeps D beatable. So the learning rate can be ten times higher,
+  0.002, and beta1 is 0. With the rate and the beta1 of the paper and without R1 (--lr
+  2e-4 --beta1 0.5, and R1_WEIGHT = 0 in the code below), D is far ahead after 7 epochs:
+  loss_d is 0.26 instead of 1.20, and fewer shapes in the grid hold together.
 - Layers have 48 to 192 channels, not 128 to 1024, and kernels of 4 x 4, not 5 x 5, so
   that a laptop can train them. Batches have 64 images, not 128.
 - The learning rate falls to 0, images are mirrored at random, and all grids are drawn
   by the averaged generator.
 - D has ten outputs, one for each class (a multi-task discriminator, Liu et al. 2019).
-  Without --conditional only the first one is used. The first conditional GAN handed the
-  label to D as a further input instead (Mirza & Osindero 2014).
+  Without --conditional only the first one is used.
 
-What makes it fast, measured on two cores of an Intel Xeon of 2023:
+What makes it fast, measured, like all times here, on two cores of an Intel Xeon of
+2023:
 
 - Channels last. Usually the numbers of an image lie in memory channel after channel:
   first all of its red, then all of its green, then all of its blue. With channels last,
@@ -55,7 +57,8 @@ What makes it fast, measured on two cores of an Intel Xeon of 2023:
   convolutions in bfloat16. This moves half as many bytes, and newer processors have
   special units for it. Weights and Adam stay in float32, as small changes would be lost
   by rounding. An update is 1.35 times as fast, and with both, 1.5 times. bfloat16 is
-  the default on CPUs that have such units; --no-bf16 turns it off.
+  the default on CPUs that have such units, if PyTorch is 2.11 or newer. --no-bf16 turns
+  it off. Many GPUs can use it, too, but we have not measured that: try --bf16.
 
 What to expect from a healthy run, at its last epoch:
 
@@ -214,17 +217,17 @@ def train_step(generator, discriminator, opt_g, opt_d, real, labels, z, r1, bf16
     }
 
 
-R1_INTERVAL = 16
-R1_WEIGHT = 0.05 * R1_INTERVAL
+R1_INTERVAL = 16  # R1 is computed at every 16th update only, as it is slow
+R1_WEIGHT = 0.05 * R1_INTERVAL  # and is 16 times as strong for it
 
 
 def r1_penalty(discriminator, real, labels):
     """Returns R1_WEIGHT times the mean squared length of D's gradient at real images.
 
-    It is explained in gan_fashion.py. Its weight was found by trying, and is lower here
-    (0.05, there 0.25). It is computed outside of autocast, and so in float32: bfloat16
-    is too coarse for the gradient of a gradient. As there, BatchNorm mixes the images
-    of a batch, so that the gradient at an image has a share of the other ones.
+    It is explained in gan_fashion.py. As there, it is computed at half of the batch,
+    which saves time. Its weight was found by trying: 0.05, where gan_fashion.py has
+    0.25. It is computed outside of autocast, and so in float32: bfloat16 is too coarse
+    for the gradient of a gradient.
     """
     half = len(real) // 2
     real = real[:half].requires_grad_()
@@ -267,7 +270,8 @@ def train_epoch(
 ):
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
-    torch.manual_seed(args.seed * 10_000 + epoch)  # the same if resumed
+    # A resumed run draws the same random numbers in this epoch.
+    torch.manual_seed(args.seed * 10_000 + epoch)
     # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
     # there are many images, repeats is 1. If there are few, several numbers stand for
     # each image: the remainder after the division by len(data) is the image's index.
@@ -276,7 +280,7 @@ def train_epoch(
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
     total = args.epochs * updates
     step = first = (epoch - 1) * updates
-    sums = Counter()  # sums.update() adds to it. (A list of all would take memory.)
+    sums = Counter()  # sums.update() adds the numbers of a step to the sums so far
     for indices in order.split(args.batch_size)[:updates]:
         # The learning rate falls to 0, so that both networks come to rest at the end.
         for opt in opt_d, opt_g:
@@ -311,7 +315,7 @@ def train(args, device, bf16, data, labels, checkpoint):
     written, and FloatingPointError if a loss is not finite.
     """
     torch.manual_seed(args.seed)
-    # Channels last, except on Apple's GPUs, for which PyTorch has had errors with it.
+    # Channels last, except on Apple's GPUs, where PyTorch's BatchNorm failed with it.
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     generator = Generator(args.latent_dim)
     discriminator = Discriminator()
@@ -334,11 +338,16 @@ def train(args, device, bf16, data, labels, checkpoint):
     if checkpoint:
         for name in run:
             run[name].load_state_dict(checkpoint[name])
+        # Adam's moments have to lie in memory as their weights do. If the run began on
+        # another device they may not. A sum gets the layout of its first term.
+        for opt in opt_g, opt_d:
+            for weight, moments in opt.state.items():
+                for name in "exp_avg", "exp_avg_sq":
+                    moments[name] = torch.zeros_like(weight) + moments[name]
     save_checkpoint(args, run, history)  # if this is impossible, we know it now
 
-    # All grids are drawn from the same latent vectors and labels, which are eight times
-    # 0, eight times 1 and so on. Without --conditional there is one class, and its
-    # label is 0.
+    # All grids are drawn from the same latent vectors and the same labels. The labels
+    # are eight times 0, eight times 1 and so on. Without --conditional all are 0.
     classes = 10 if args.conditional else 1
     fixed_z = torch.randn(1000, args.latent_dim)
     fixed_labels = torch.arange(1000) // 8 % classes
@@ -346,15 +355,15 @@ def train(args, device, bf16, data, labels, checkpoint):
     if not history:
         by_class = torch.cat([data[labels == k][:8] for k in range(10)]) / 127.5 - 1
         save_grid(by_class, f"{args.out_dir}/images/real.png")
-        fakes = sample(average, fixed_z, fixed_labels)
-        save_rows(args, fakes, f"{args.out_dir}/images/epoch_000.png")
+        path = f"{args.out_dir}/images/epoch_000.png"
+        save_rows(args, sample(average, fixed_z, fixed_labels), path)
     images = data.to(device, memory_format=layout)
     labels = (labels % classes).to(device)  # all 0 if classes is 1
     for epoch in range(len(history) + 1, args.epochs + 1):
         row = train_epoch(args, epoch, bf16, images, labels, **run)
         fakes = sample(average, fixed_z, fixed_labels)
         row["coverage"] = coverage(real_images, fakes)
-        if not math.isfinite(sum(row.values())):
+        if not fakes.isfinite().all():  # a loss, and then all weights, became NaN
             raise FloatingPointError("A loss is not finite: add a smaller --lr")
         history.append(row)
         save_reports(args, history, fakes)
@@ -370,7 +379,7 @@ def sample(generator, z, labels):
     """Returns an image for each z and label: N x 3 x 32 x 32 in [-1, 1], on the CPU.
 
     The images are drawn by a copy of the generator in evaluation mode, in which
-    BatchNorm uses the mean and variance that it has stored during training.
+    BatchNorm uses its stored mean and variance, and not those of the batch.
     """
     generator = copy.deepcopy(generator).eval()  # the original keeps its mode
     device = next(generator.parameters()).device
@@ -433,9 +442,9 @@ def load_data(args):
     except Exception as error:  # torchvision raises errors of many types
         sys.exit(
             f"CIFAR-10 could be neither read nor downloaded ({error!r}). Delete "
-            f"{args.data_dir}/cifar-10-batches-py if its files are damaged. Without "
-            f"internet, put {CIFAR10.filename} into {args.data_dir} by hand, or learn "
-            f'letters: python "{sys.argv[0]}" --toy'
+            f"{args.data_dir}/cifar-10-batches-py if it is damaged. Without internet, "
+            f"put {CIFAR10.filename} into {args.data_dir} by hand, or learn letters: "
+            f'python "{sys.argv[0]}" --toy'
         )
     images = torch.from_numpy(data.data[: args.limit]).permute(0, 3, 1, 2)
     return images, torch.tensor(data.targets[: args.limit])
@@ -444,15 +453,13 @@ def load_data(args):
 def draw_letters(count):
     """Draws letters that a mirror does not change, in varied colours and places."""
     torch.manual_seed(0)
-    vary = RandomCrop(32)
     font = ImageFont.load_default(24)
     images = []
     for i in range(count):
-        ink = f"hsl({torch.randint(360, ())}, 80%, 75%)"
-        paper = f"hsl({torch.randint(360, ())}, 80%, 25%)"
-        image = Image.new("RGB", (40, 40), paper)
+        ink = f"hsl({torch.randint(360, ())}, 80%, 75%)"  # light, and the paper dark:
+        image = Image.new("RGB", (40, 40), f"hsl({torch.randint(360, ())}, 80%, 25%)")
         ImageDraw.Draw(image).text((20, 20), LETTERS[i % 10], ink, font, anchor="mm")
-        images.append(PILToTensor()(vary(image)))
+        images.append(PILToTensor()(RandomCrop(32)(image)))
     return torch.stack(images), torch.arange(count) % 10
 
 
@@ -522,6 +529,7 @@ def plot_history(history, path):
     """Plots the losses on the left, and what lies between 0 and 1 on the right."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
+    # If D only guesses, p is 0.5: -2 log 0.5 is 1.386, and -log 0.5 is 0.693.
     left.axhline(1.386, color="C0", linestyle="--", label="loss_d if D only guesses")
     left.axhline(0.693, color="C1", linestyle="--", label="loss_g if D only guesses")
     right.set_ylim(0, 1)
@@ -682,12 +690,10 @@ def main():
         data, labels = load_data(args)
         if not 6 <= args.batch_size <= len(data):  # coverage() needs 6 images
             sys.exit(
-                f"--batch-size {args.batch_size} does not fit {len(data)} images: a "
-                "batch can have from 6 images up to all of them."
+                f"--batch-size has to be from 6 to {len(data)}, not {args.batch_size}."
             )
         bf16 = has_bfloat16(device) if args.bf16 is None else args.bf16
-        numbers = "bfloat16" if bf16 else "float32"
-        say(f"{len(data):,} images, on {device} in {numbers}")
+        say(f"{len(data):,} images, on {device} in {'bfloat16' if bf16 else 'float32'}")
         train(args, device, bf16, data, labels, checkpoint)
         say(f"The results are in {args.out_dir}.")
     except (

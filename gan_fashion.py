@@ -279,7 +279,8 @@ def train_epoch(
 ):
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
-    torch.manual_seed(args.seed * 10_000 + epoch)  # the same if resumed
+    # A resumed run draws the same random numbers in this epoch.
+    torch.manual_seed(args.seed * 10_000 + epoch)
     # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
     # there are many images, repeats is 1. If there are few, several numbers stand for
     # each image: the remainder after the division by len(data) is the image's index.
@@ -288,7 +289,7 @@ def train_epoch(
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
     total = args.epochs * updates
     step = first = (epoch - 1) * updates
-    sums = Counter()  # sums.update() adds to it. (A list of all would take memory.)
+    sums = Counter()  # sums.update() adds the numbers of a step to the sums so far
     for indices in order.split(args.batch_size)[:updates]:
         # The learning rate falls to 0, so that both networks come to rest at the end.
         for opt in opt_d, opt_g:
@@ -359,7 +360,7 @@ def train(args, device, data, labels, held_out, checkpoint):
         row = train_epoch(args, epoch, images, labels, **run)
         fakes = sample(average, fixed_z, fixed_labels)
         row["coverage"] = coverage(held_out, fakes)
-        if not math.isfinite(sum(row.values())):
+        if not fakes.isfinite().all():  # a loss, and then all weights, became NaN
             raise FloatingPointError("A loss is not finite: add a smaller --lr")
         history.append(row)
         save_reports(args, history, fakes)
@@ -380,7 +381,7 @@ def sample(generator, z, labels):
     """Returns an image for each z and label: N x 1 x 28 x 28 in [-1, 1], on the CPU.
 
     The images are drawn by a copy of the generator in evaluation mode, in which
-    BatchNorm uses the mean and variance that it has stored during training.
+    BatchNorm uses its stored mean and variance, and not those of the batch.
     """
     generator = copy.deepcopy(generator).eval()  # the original keeps its mode
     device = next(generator.parameters()).device
@@ -529,6 +530,7 @@ def plot_history(history, path):
     """Plots the losses on the left, and what lies between 0 and 1 on the right."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
+    # If D only guesses, p is 0.5: -2 log 0.5 is 1.386, and -log 0.5 is 0.693.
     left.axhline(1.386, color="C0", linestyle="--", label="loss_d if D only guesses")
     left.axhline(0.693, color="C1", linestyle="--", label="loss_g if D only guesses")
     right.set_ylim(0, 1)
@@ -681,8 +683,7 @@ def main():
         held_out = load_data(args, train=False)[0] / 127.5 - 1
         if not 6 <= args.batch_size <= len(data):  # coverage() needs 6 images
             sys.exit(
-                f"--batch-size {args.batch_size} does not fit {len(data)} images: a "
-                "batch can have from 6 images up to all of them."
+                f"--batch-size has to be from 6 to {len(data)}, not {args.batch_size}."
             )
         say(f"{len(data):,} images, on {device}")
         train(args, device, data, labels, held_out, checkpoint)
