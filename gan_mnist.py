@@ -37,9 +37,10 @@ What you will see in the grids of images, in the printed lines and in losses.png
   is coverage, the share of real images that have a fake close by. It rises from 0 to
   0.97, which is also what other real digits in place of the fakes would score. With
   --toy it begins to rise after about ten epochs.
-- Mode collapse: G draws only a few different images, because D accepts them. The losses
-  may look healthy, but the grid repeats itself, and coverage stays low. If it is below
-  0.2 in the second half of a run, the printed line warns.
+- Mode collapse: G draws only a few different images, whatever z is. Nothing in loss_g
+  asks for variety. The losses may look healthy, but the grid repeats itself, and
+  coverage stays low. If it is below 0.2 in the second half of a run, the printed line
+  warns.
 - D has won: whatever G tries, D recognises its fakes. loss_d falls towards 0, loss_g
   grows, and the grids stop improving.
 
