@@ -427,7 +427,7 @@ def train(args, device, bf16, data, checkpoint):
             save_checkpoint(args, run, history)
         print_epoch(args, row)
 
-    fakes = sample(average, fixed_z)  # there are none yet if no epoch was left to do
+    fakes = sample(average, fixed_z)  # none yet if no epoch was left
     training = torch.cat(  # in parts: all at once could take too much memory
         [thumbnails(part / 127.5 - 1) for part in data.split(100)]
     )

@@ -1,22 +1,25 @@
 """A GAN that draws clothes, how to watch the game, and how to keep it even.
 
 Read gan_mnist.py first: the networks resemble its convolutional pair. New here are
-numbers that tell how the game stands, the R1 penalty, which keeps it even, and labels.
+numbers that tell how the game stands, R1, which is a second loss of D and keeps the
+game even (see r1_penalty), and images of a class that you choose (--conditional). D has
+no dropout any more, as R1 does its work.
 
 D takes an image for real if p > 0.5, that is, if its logit is above 0. acc_real is the
 share of the real images, and acc_fake the share of the fakes, that D judges right.
 fool_rate is the share of the same fakes that fool D after its update.
 
 coverage is here the share of 1,000 test images that have a fake close by. Neither
-network is trained on test images; with 1,000 training images in place of the fakes,
-coverage would be 0.98. The copy ratio, printed at the end of a run, tells whether G
-just copies. It is the distance of fakes from their nearest training images, divided by
-the distance of test images from theirs. Near 1, the fakes are as new as the test
-images. Far below 1 they are copies. Far above 1 they do not even resemble clothes.
+network is trained on test images. 1,000 training images in place of the fakes would
+score 0.98, so more is hardly possible. The copy ratio, printed at the end of a run,
+tells whether G just copies: it is the median distance from a fake to its nearest
+training image, divided by the same for test images in place of the fakes. Near 1, the
+fakes are as new as the test images. Towards 0 they are copies, and well above 1 they do
+not even resemble clothes.
 
-These are the last lines of a healthy run and of three that went wrong on purpose. The
-first five numbers are means over the last epoch, of the networks in training. Coverage,
-copy ratio and grids are of the averaged generator.
+These numbers are from the last epoch of a healthy run, and of three that went wrong on
+purpose. The first five are means over the epoch. Coverage, copy ratio and grids are of
+the averaged generator.
 
                 loss_d  loss_g  acc_real  acc_fake  fool_rate  coverage  copy ratio
     healthy       1.15    0.87      0.81      0.82       0.15      0.97        1.04
@@ -27,19 +30,20 @@ copy ratio and grids are of the averaged generator.
 Look at the grids first, then at coverage, then at the copy ratio, at the losses last.
 
 - Healthy: coverage is high, and the copy ratio is near 1. D is right about most images,
-  but never sure: loss_d is closer to 1.39, where D only guesses, than to 0. The fool
-  rate is low all the same, as D has just learned from these very fakes.
+  but not sure of it: loss_d is closer to 1.39, where D only guesses, than to 0. So the
+  fool rate may be low, and G learns all the same.
 - Collapsed: D learns once while G learns 20 times. Meanwhile G moves all its images to
   whatever D likes at that moment, as nothing in loss_g asks for different images. The
-  losses are those of a D that only guesses (it calls nearly everything fake, with p
-  just below 0.5), and look healthy. But the grid repeats a few smudges, and coverage is
-  0.11. After the same 2 epochs with --g-steps 1 it is 0.98.
-- D has won: D is right about every image, and sure of it. G finds no way to improve:
-  the grid shows blotches, and coverage is near 0. Here a high learning rate and
-  momentum made the steps of both networks too large, and only D copes with that.
-- Copies: G is trained on 30 images, and D knows them by heart. The first five numbers
-  are those of a D that has won. But the grid shows clothes, and the copy ratio tells
-  why: they are noisy copies. images/nearest.png shows them beside the training images.
+  losses are those of a D that only guesses, and look healthy. (p is near 0.5 for all
+  images, mostly just below, so accuracies and fool rate mean little.) But the grid
+  repeats a few smudges, and coverage is 0.11. After the same 2 epochs with --g-steps 1
+  it is 0.98.
+- D has won: D is right about every image, and sure of it. The grid shows blotches, and
+  coverage is near 0. Momentum (see train in gan_mnist.py) and five times the
+  usual learning rate brought this about.
+- Copies: there are only 30 training images, and D knows them by heart. The first five
+  numbers look as if D had won. But the grid shows clothes: noisy copies of the 30, as
+  the copy ratio tells. images/nearest.png shows them beside the training images.
 
     python gan_fashion.py                                          # healthy, 9 minutes
     python gan_fashion.py --g-steps 20 --epochs 2 --out-dir runs/collapsed
@@ -130,9 +134,10 @@ class Discriminator(nn.Sequential):
         )
 
     def forward(self, x, labels):
-        # Only the logit of the image's class is used. Logit k sees real images of class
-        # k alone, and fakes with label k. If G draws a shoe for label 3, D finds no
-        # shoes among the real images with label 3, and lowers logit 3 for it.
+        # Only the logit of the image's class is used. (Without --conditional all labels
+        # are 0.) So logit k learns from real images of class k, and from fakes that G
+        # drew for label k. If G draws a boot for label 3, which means dresses, logit 3
+        # becomes low for it, as none of the real images with label 3 is a boot.
         return super().forward(x).gather(1, labels[:, None])
 
 
@@ -179,36 +184,35 @@ def train_step(generator, discriminator, opt_g, opt_d, real, labels, z, train_d,
     }
 
 
-R1_INTERVAL = 16
-R1_WEIGHT = 0.25 * R1_INTERVAL
+R1_INTERVAL = 16  # R1 is computed at every 16th update only, as it is slow
+R1_WEIGHT = 0.25 * R1_INTERVAL  # and is 16 times as strong for it
 
 
 def r1_penalty(discriminator, real, labels):
-    """Returns R1_WEIGHT times the mean squared length of D's gradient at real images.
+    """Returns R1_WEIGHT times the mean squared length of the gradient of D's logit.
 
-    R1 (Mescheder et al. 2018) is a second loss for D. It is large if a small change of
-    a real image changes D's logit a lot. Without it, D can tell fakes from real images
-    by fine patterns of pixels that nobody would see. A tiny change of such a pattern
-    makes D sure. So its gradient asks G for other patterns, and not for better clothes.
-    With R1, these patterns cost too much, and D has to look at larger things. So R1
-    does not just slow D down. It makes D give answers from which G can learn.
+    The gradient is the one with respect to the pixels of real images. R1 (Mescheder et
+    al. 2018) is a second loss for D. It is large if a small change of a real image
+    changes D's logit a lot. Without it, D can tell fakes from real images by fine
+    patterns of pixels that nobody would see: a tiny change of such a pattern makes D
+    sure. Then D's gradient asks G for other patterns, and not for better clothes. With
+    R1, it costs too much to be so sensitive, and D has to look at larger things.
 
     Try it: set R1_WEIGHT to 0 and train again. D then gets further ahead: after 10
     epochs loss_d is 0.44 instead of 1.15, and the fool rate 0.05 instead of 0.15. More
     of the clothes in the grid are torn or smeared, which coverage hardly notices: it is
-    0.95 instead of 0.97. The gradient of D's logit with respect to the pixels then has
-    a length of about 10 instead of 0.6, at real images and at fakes alike.
+    0.95 instead of 0.97. (We measured the gradient, too: its length is then about 10
+    instead of 0.6, at real images and at fakes alike.)
 
-    R1 takes time. So it is computed for half of the batch, at every 16th update of D,
-    and made 16 times as strong (lazy regularization, Karras et al. 2020). It is not
-    quite the R1 of the paper, as D has BatchNorm; see the comment below.
+    To save time, R1 is computed for half of the batch only, and not at every update
+    (lazy regularization, Karras et al. 2020). The weight of 0.25 was found by trying.
     """
     half = len(real) // 2
     real = real[:half].requires_grad_()
     logits = discriminator(real, labels[:half])
-    # We want the gradient of each logit at its own image. The gradient of the sum of
-    # all logits has just these in its rows, if no image influences the logit of another
-    # one. With BatchNorm images do, so each row also has a part of the other gradients.
+    # Row i of the gradient of the sum of all logits is the gradient of logit i at image
+    # i. (In the paper it is only that. Here image i also changes the other logits a
+    # little, through BatchNorm, and row i contains these changes, too.)
     # create_graph=True lets backward() differentiate this gradient once more.
     (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return R1_WEIGHT * gradient.square().sum() / half
@@ -343,9 +347,8 @@ def train(args, device, data, labels, held_out, checkpoint):
             run[name].load_state_dict(checkpoint[name])
     save_checkpoint(args, run, history)  # if this is impossible, we know it now
 
-    # All grids are drawn from the same latent vectors and labels, which are ten times
-    # 0, ten times 1 and so on. Without --conditional there is one class, and its label
-    # is 0.
+    # All grids are drawn from the same latent vectors and the same labels. The labels
+    # are ten times 0, ten times 1 and so on. Without --conditional all are 0.
     classes = 10 if args.conditional else 1
     fixed_z = torch.randn(1000, args.latent_dim)
     fixed_labels = torch.arange(1000) // 10 % classes
@@ -367,7 +370,7 @@ def train(args, device, data, labels, held_out, checkpoint):
         save_checkpoint(args, run, history)
         print_epoch(args, row)
 
-    fakes = sample(average, fixed_z, fixed_labels)
+    fakes = sample(average, fixed_z, fixed_labels)  # none yet if no epoch was left
     training = data / 127.5 - 1
     show_nearest(fakes, held_out, training, f"{args.out_dir}/images/nearest.png")
     say(f"copy ratio {copy_ratio(fakes, held_out, training):.2f}")
@@ -681,9 +684,9 @@ def main():
             return
         data, labels = load_data(args, train=True)
         held_out = load_data(args, train=False)[0] / 127.5 - 1
-        if not 6 <= args.batch_size <= len(data):  # coverage() needs 6 images
+        if not 2 <= args.batch_size <= len(data):  # BatchNorm needs 2 images
             sys.exit(
-                f"--batch-size has to be from 6 to {len(data)}, not {args.batch_size}."
+                f"--batch-size has to be from 2 to {len(data)}, not {args.batch_size}."
             )
         say(f"{len(data):,} images, on {device}")
         train(args, device, data, labels, held_out, checkpoint)
