@@ -80,7 +80,7 @@ photographs over and over 0.02. So a low coverage means collapse, but a high one
 little.
 
     python dcgan_cifar10.py --epochs 7 --out-dir runs/short             # 10 minutes
-    python dcgan_cifar10.py                                             # about an hour
+    python dcgan_cifar10.py                                             # 70 minutes
     python dcgan_cifar10.py --conditional --out-dir runs/cifar_classes  # class by class
     python dcgan_cifar10.py --toy --out-dir runs/cifar_toy              # no download
 
