@@ -223,9 +223,9 @@ R1_WEIGHT = 0.05 * R1_INTERVAL  # and is 16 times as strong for it
 
 
 def r1_penalty(discriminator, real, labels):
-    """Returns R1_WEIGHT times the mean squared length of D's gradient at real images.
+    """Returns R1_WEIGHT times the mean squared length of the gradient of D's logit.
 
-    It is explained in gan_fashion.py. As there, it is computed at half of the batch,
+    It is explained in gan_fashion.py. As there, it is computed for half of the batch,
     which saves time. Its weight was found by trying: 0.05, where gan_fashion.py has
     0.25. It is computed outside of autocast, and so in float32: bfloat16 is too coarse
     for the gradient of a gradient.

@@ -3,7 +3,7 @@
 Read gan_mnist.py first: the networks resemble its convolutional pair. New here are
 numbers that tell how the game stands, R1, which is a second loss of D and keeps the
 game even (see r1_penalty), and images of a class that you choose (--conditional). D has
-no dropout any more, as R1 does its work.
+no dropout here: R1 takes its place.
 
 D takes an image for real if p > 0.5, that is, if its logit is above 0. acc_real is the
 share of the real images, and acc_fake the share of the fakes, that D judges right.
@@ -13,9 +13,9 @@ coverage is here the share of 1,000 test images that have a fake close by. Neith
 network is trained on test images. 1,000 training images in place of the fakes would
 score 0.98, so more is hardly possible. The copy ratio, printed at the end of a run,
 tells whether G just copies: it is the median distance from a fake to its nearest
-training image, divided by the same for test images in place of the fakes. Near 1, the
-fakes are as new as the test images. Towards 0 they are copies, and well above 1 they do
-not even resemble clothes.
+training image, divided by the median distance from a test image to its nearest training
+image. Near 1, the fakes are as new as the test images. Towards 0 they are copies, and
+well above 1 they do not even resemble clothes.
 
 These numbers are from the last epoch of a healthy run, and of three that went wrong on
 purpose. The first five are means over the epoch. Coverage, copy ratio and grids are of
@@ -39,8 +39,8 @@ Look at the grids first, then at coverage, then at the copy ratio, at the losses
   repeats a few smudges, and coverage is 0.11. After the same 2 epochs with --g-steps 1
   it is 0.98.
 - D has won: D is right about every image, and sure of it. The grid shows blotches, and
-  coverage is near 0. Momentum (see train in gan_mnist.py) and five times the
-  usual learning rate brought this about.
+  coverage is near 0. Momentum (see train in gan_mnist.py) and five times the usual
+  learning rate brought this about.
 - Copies: there are only 30 training images, and D knows them by heart. The first five
   numbers look as if D had won. But the grid shows clothes: noisy copies of the 30, as
   the copy ratio tells. images/nearest.png shows them beside the training images.
@@ -211,8 +211,8 @@ def r1_penalty(discriminator, real, labels):
     real = real[:half].requires_grad_()
     logits = discriminator(real, labels[:half])
     # Row i of the gradient of the sum of all logits is the gradient of logit i at image
-    # i. (In the paper it is only that. Here image i also changes the other logits a
-    # little, through BatchNorm, and row i contains these changes, too.)
+    # i. (As D has BatchNorm, image i also changes the other logits a little, and row i
+    # contains these changes as well. In the paper D has no BatchNorm.)
     # create_graph=True lets backward() differentiate this gradient once more.
     (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return R1_WEIGHT * gradient.square().sum() / half
