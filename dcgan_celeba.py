@@ -1,62 +1,68 @@
 """A DCGAN for a folder of your own images, or for CelebA's photographs of faces.
 
 Read dcgan_cifar10.py first: networks and training follow the same rules. There are no
-labels here, and the layers are wider. Their width, the learning rate (0.0004) and beta1
-(0.5) were found by trying. New are the image size, which is a number now, images of
-your own, what to do if you have few of them, and several GPUs.
+labels here, G's layers are wider, and the learning rate (0.0004) and beta1 (0.5) are
+others. All of this was found by trying. New are images of your own, a choice of image
+sizes, what to do if you have few images, and several GPUs.
 
 Your images should show one kind of thing, framed alike: faces, leaves on white paper,
 houses from the street. Put them into a folder, with subfolders or without, and type:
 
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine
 
-At each start the script decodes all images that Pillow can read (no HEIC). It uses the
-middle square of each, scaled to 64 x 64 pixels, and names damaged images, which it has
-to leave out. You see some of the squares in runs/mine/images/real.png. Half of the
-squares are mirrored each time. If a mirror would spoil yours, as with letters, add
---no-flip. After 20 updates the script prints how long an epoch and the whole run of 50
-epochs will take. Ctrl-C stops the run, and the same command with --resume continues it
-after the last whole epoch.
+The script decodes all images that Pillow can read (no HEIC), at each start. It takes
+the middle square of each, and scales it to 64 x 64 pixels. Some of these squares are in
+runs/mine/images/real.png: look whether they are what you want. Damaged images are left
+out and named.
+
+Each time a square is used, it is mirrored with a chance of one half. If a mirror would
+spoil your images, as with letters, add --no-flip.
+
+After 20 updates the script prints how long an epoch and the whole run of 50 epochs will
+take. Ctrl-C stops the run. The same command with --resume continues it after the last
+whole epoch.
 
 Without --images, the script learns from CelebA's 202,599 photographs. It downloads them
-(1.4 GB) into the folder data, unless they are there already.
+(1.4 GB) into the folder data, unless they are there already. In all they need about 6
+GB: the archive, its unpacked files and the decoded pixels.
 
-On a CPU, an update with 64 images takes about four times as long as one with 16, but
-does not teach four times as much. So a batch has only 16 images. If there are few
-images, an epoch repeats them until it has at least 100 updates. On two CPU cores, at
-64 x 64 pixels:
+How long does it take? On a CPU, an update with 64 images takes about four times as long
+as one with 16, but does not teach four times as much. So a batch has only 16 images. If
+there are few images, an epoch repeats them until it has at least 100 updates. These
+times are for two CPU cores and 64 x 64 pixels, where an update takes 0.15 seconds:
 
-      images   updates in an epoch   an epoch takes
-         300                   112          17 s
-       1,000                   125          19 s
-       5,000                   312          48 s
-      23,707                 1,481       4 min
+                  images   updates in an epoch   an epoch takes
+                     300                   112             17 s
+                   1,000                   125             19 s
+                   5,000                   312             47 s
+                  23,707                 1,481            4 min
+        CelebA:  202,599                12,662           32 min
 
 A GPU computes many images at once, and batches of 16 waste its time: for 512 images an
 NVIDIA H200 needed only 1.5 times the time of 64 (with an earlier version of this
 script). So add --batch-size 64 or more there.
 
-What the numbers mean here, where there are no test images:
+What do the numbers mean, without test images? Coverage and the copy ratio are measured
+with your training images. To save time, images are compared as thumbnails of 8 x 8
+pixels.
 
 - Coverage is the share of your images (of 1,000 at most, at 64 x 64 pixels) that have a
-  fake close by. As in gan_mnist.py, 0.97 is as good as other real images would be.
-  Images are compared as thumbnails of 8 x 8 pixels. So coverage tells whether the fakes
-  are as different from each other as your images are, and nothing about sharpness:
-  blurred fakes score high.
-- The copy ratio, of thumbnails as well, compares how far fakes are from their nearest
-  training images with how far real images are from their nearest other ones. Near 1,
-  the fakes are new, and towards 0 they are copies. It is printed at the end of the run,
-  and images/nearest.png shows both kinds of pairs. A blurred image is close to many
-  others, which lowers the copy ratio. So it counts only once the fakes are sharp.
-- In the first epochs D is far ahead, and a fool rate of 0.00 and a loss_g of 3 to 7 are
-  no reason to stop.
-- With few images D soon knows them all by heart, and the losses look as if D had won:
-  loss_d comes near 0, as in the first line below. Look at the grids: as long as they
-  get better, train on.
-- If they get worse again, and were best after 15 epochs, say, repeat the run: type the
-  same command with another --out-dir, and stop it by Ctrl-C after epoch 15. The folder
-  models then holds the networks of this epoch. Add --resume --epochs 15, and the script
-  also writes the copy ratio and images/nearest.png.
+  fake close by. As in gan_mnist.py, other real images would score about 0.97. So near
+  0.97 the fakes are as different from each other as your images are. Copies of all your
+  images would score even more, so look at the copy ratio, too.
+- The copy ratio is printed at the end. First we measure how far each fake is from the
+  training image that is nearest to it, and take the median. Then we do the same for
+  real images and their nearest other training image. The copy ratio is the first median
+  divided by the second. Near 1, the fakes are new, and towards 0 they are copies.
+  images/nearest.png shows eight pairs of each kind.
+- Thumbnails show nothing of sharpness. Early fakes are like fog, in which no face can
+  be seen yet, and fog is close to many images: coverage is high, and the copy ratio
+  low. So both count only once the fakes are sharp.
+- In the first epochs D is often far ahead. A fool rate of 0.00 and a loss_g of 3 to 7
+  are no reason to stop then.
+- With a few hundred images, D soon knows them all by heart, and the losses look as if D
+  had won: loss_d comes near 0, as in the first line below. Look at the grids: as long
+  as they get better, train on.
 
                                    loss_d  loss_g  coverage  copy ratio
     300 photographs, 50 epochs       0.11    3.19      0.98        1.02
@@ -64,26 +70,35 @@ What the numbers mean here, where there are no test images:
 
 (They are cropped photographs of faces, and not those of CelebA.)
 
+If your grids were best in the middle of the run, say after 15 epochs, repeat it: type
+the same command with another --out-dir, and press Ctrl-C as soon as the line of epoch
+15 is there. The folder models then holds the networks of this epoch. To get the copy
+ratio and images/nearest.png as well, type the new command again, with --resume --epochs
+15. (With --epochs 15 from the start the run would be another one, as its learning rate
+falls to 0 faster.)
+
 A larger --image-size adds blocks to both networks: one for 128, two for 256. Each
 doubling makes four times as many pixels, and an update takes about four times as long.
-A size of 32 takes a block away. Its layers are narrower, and on 300 photographs they
-learned better at a higher rate than the default: add --lr 0.0016.
+A size of 32 takes a block away. Its layers are narrower, and learned better from 300
+photographs at a higher learning rate: add --lr 0.0016.
 
-The learning rate falls to 0 at the last epoch. If a finished run is resumed with more
---epochs, the rate jumps up first, and so the images may get worse for a while.
+A finished run can be resumed with more --epochs. Its learning rate has fallen to 0, and
+now jumps up again, so the images may get worse for a while.
 
     python dcgan_celeba.py --batch-size 64                      # CelebA, for a GPU
     python dcgan_celeba.py --images FOLDER --out-dir runs/large --image-size 128
     python dcgan_celeba.py --resume --epochs 100 --out-dir runs/mine    # train longer
     python dcgan_celeba.py --generate 100 --out-dir runs/mine   # after training
     python dcgan_celeba.py --toy --out-dir runs/faces_toy       # with no download
-    torchrun --nproc-per-node 2 dcgan_celeba.py --batch-size 128    # two GPUs, CelebA
+    torchrun --nproc-per-node 2 dcgan_celeba.py --images FOLDER --batch-size 128
+
+The last command is for two GPUs: each of them computes half of every batch.
 
 To use the averaged generator elsewhere, copy this file, common.py and, from the folder
 models, generator.pth:
 
     import dcgan_celeba, torch
-    generator = dcgan_celeba.Generator(latent_dim=100, size=64)  # --image-size
+    generator = dcgan_celeba.Generator(latent_dim=100, size=64)  # size: --image-size
     generator.load_state_dict(torch.load("generator.pth", "cpu", weights_only=True))
     images = dcgan_celeba.sample(generator, torch.randn(64, 100))  # in [-1, 1]
 """
@@ -128,7 +143,10 @@ PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 
 
 class Generator(nn.Sequential):
-    """Latent vectors N x latent_dim to images N x 3 x size x size in [-1, 1]."""
+    """Turns latent vectors N x latent_dim into images N x 3 x size x size.
+
+    The images are in [-1, 1].
+    """
 
     def __init__(self, latent_dim=100, size=64):
         # Each block doubles height and width and halves the channels. For a size of 128
@@ -155,7 +173,7 @@ class Generator(nn.Sequential):
 
 
 class Discriminator(nn.Sequential):
-    """Images N x 3 x size x size in [-1, 1] to logits N x 1.
+    """Turns images N x 3 x size x size in [-1, 1] into logits N x 1.
 
     Raises ValueError for images of another size.
     """
@@ -204,7 +222,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16):
         r1_penalty(discriminator, real).backward()
     opt_d.step()
 
-    # (2) Update G: make loss_g = -log p(fake) smaller.
+    # (2) Update G: make loss_g = -log p(fake) smaller. D does not learn from it.
     discriminator.requires_grad_(False)
     with autocast:
         new_fake_logits = discriminator(fake)
@@ -224,7 +242,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16):
 
 
 R1_INTERVAL = 16  # R1 is computed at every 16th update only, as it is slow
-R1_WEIGHT = 0.05 * R1_INTERVAL  # and is 16 times as strong for it
+R1_WEIGHT = 0.05 * R1_INTERVAL  # and so counts 16 times then
 
 
 def r1_penalty(discriminator, real):
@@ -308,8 +326,8 @@ def show_nearest(fakes, real, data, training, path):
     """Saves a grid of five rows: 8 fakes, their nearest training images, a gap, 8 real
     images, and their nearest other training images.
 
-    As long as fakes resemble theirs no more than real images do, they are no copies.
-    The mirror image of a training image may be the nearest, but is not shown mirrored.
+    If the upper two rows are much more alike than the lower two, G copies. The mirror
+    image of a training image may be the nearest, but is not shown mirrored.
     """
     found = data[nearest(fakes, training).indices] / 127.5 - 1
     others = data[nearest(real, training, SAME_IMAGE).indices] / 127.5 - 1
@@ -325,11 +343,13 @@ def train_epoch(
 ):
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
-    # A resumed run draws the same random numbers in this epoch.
+    # So a resumed run draws the same random numbers in this epoch as one that was never
+    # stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
     # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
     # there are many images, repeats is 1. If there are few, several numbers stand for
-    # each image: the remainder after the division by len(data) is the image's index.
+    # each image: the remainder after the division by len(data) is the image's index. Of
+    # 300 images, the numbers 7, 307 and 607 all stand for image 7.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data)) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out

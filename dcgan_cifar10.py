@@ -1,64 +1,68 @@
 """A deep convolutional GAN (DCGAN) that draws small colour photographs, on CIFAR-10.
 
-Read gan_mnist.py and gan_fashion.py first: they explain the game, R1, the numbers of
-the printed line and labels. New here are the rules of the DCGAN paper (Radford et al.
+Read gan_mnist.py and gan_fashion.py first: they explain the game, labels, R1 and the
+numbers of the printed line. New here are the rules of the DCGAN paper (Radford et al.
 2015), and what makes training fast.
 
 Before that paper, convolutional GANs were hard to train. Its authors found networks
-that train more stably. Here are their rules, each with its reason. In the code, a
-comment names each rule where it is first followed.
+that train more stably. Here are their rules. In the code, a comment names each rule
+where it first occurs.
 
 Rule 1. Strides, no pooling. A pooling layer halves height and width in a fixed way. A
     convolution with a stride of 2 halves them, too, and a transposed convolution with a
     stride of 2 doubles them, but both learn how to do it.
-Rule 2. No hidden dense layers. Most weights of D in gan_fashion.py are in its dense
-    layer, which has separate weights for each place in the image. A convolution uses
-    the same few weights everywhere: what it learns in one corner of an image, it can
-    use in all others. (G's first convolution begins with an image of a single pixel,
-    and D's last one ends with a single pixel. So these two are dense all the same.)
-Rule 3. BatchNorm in each layer except three. It keeps the numbers in all layers at one
-    scale, so that gradients neither vanish nor explode on their way through many
-    layers. But it also gives all batches the same mean, and D sees real images and
-    fakes in separate batches. With BatchNorm in D's first layer, D could not see
-    whether all fakes are too dark. With BatchNorm in D's last layer, the mean logit of
-    the fakes would always equal that of the real images. The third exception is G's
-    last layer, where the authors found that BatchNorm made training unstable.
+Rule 2. No hidden dense layers. Most weights of D in gan_fashion.py are in its first
+    dense layer, which has separate weights for each place in the image. A convolution
+    uses the same few weights everywhere: what it learns in one corner of an image, it
+    can use in all others. (Only G's first convolution and D's last one are as good as
+    dense, as one of their two sides is an image of a single pixel.)
+Rule 3. BatchNorm in both networks. It keeps the numbers in all layers at one scale, so
+    that gradients neither vanish nor explode on their way through many layers. The
+    paper leaves it out of G's last layer and of D's first one, because training was
+    unstable with it there. We also leave it out of D's last layer: D sees real images
+    and fakes in separate batches, and BatchNorm gives every batch the same mean, so the
+    mean logit of the fakes would always equal that of the real images.
 Rule 4. ReLU in G, with tanh at its end, as pixels lie in [-1, 1]. LeakyReLU in D: its
-    slope is nowhere 0, so that gradients get through D to G.
-Rule 5. Small random weights at the start, with a standard deviation of 0.02. Then the
-    last layer of G gives numbers near 0, which is grey, and D is far from sure of
-    anything: neither network is ahead.
-Rule 6. Adam with a learning rate of 0.0002 and beta1 of 0.5, so little momentum. As
-    gan_mnist.py says, momentum pushes on after the other network has changed.
+    slope is nowhere 0, so that gradients get through D to G. (In G both work: in
+    gan_mnist.py and gan_fashion.py G has LeakyReLU.)
+Rule 5. Small random weights at the start, with a standard deviation of 0.02. With them
+    the last layer of G gives numbers near 0. So its first images are nearly grey, and
+    tanh is steep, which lets gradients through.
+Rule 6. Adam with a learning rate of 0.0002, and with a beta1 of 0.5 instead of the
+    usual 0.9. So there is less momentum, which pushes on in an old direction although
+    the other network has changed since.
 
 Where we differ from the paper:
 
-- There is R1, which keeps D beatable. So the learning rate can be ten times higher,
-  0.002, and beta1 is 0. With the rate and the beta1 of the paper and without R1 (--lr
-  2e-4 --beta1 0.5, and R1_WEIGHT = 0 in the code below), D is far ahead after 7 epochs:
-  loss_d is 0.26 instead of 1.20, and fewer shapes in the grid hold together.
+- Both networks learn ten times as fast, with a learning rate of 0.002, and without any
+  momentum (beta1 is 0). This works because there is R1, which keeps D from getting far
+  ahead. We also tried the paper's way, with its learning rate and its beta1, and
+  without R1 (--lr 2e-4 --beta1 0.5, and R1_WEIGHT = 0 in the code below). After 7
+  epochs D was far ahead: loss_d was 0.26 instead of 1.20. More of the shapes in the
+  grid were torn. (We changed all three at once, and cannot say which of them matters
+  most.)
 - Layers have 48 to 192 channels, not 128 to 1024, and kernels of 4 x 4, not 5 x 5, so
   that a laptop can train them. Batches have 64 images, not 128.
 - The learning rate falls to 0, images are mirrored at random, and all grids are drawn
   by the averaged generator.
-- D has ten outputs, one for each class (a multi-task discriminator, Liu et al. 2019).
-  Without --conditional only the first one is used.
+- D has ten outputs, one for each class, as in gan_fashion.py. (Liu et al. 2019 call
+  this a multi-task discriminator.) Without --conditional only the first one is used.
 
-What makes it fast, measured, like all times here, on two cores of an Intel Xeon of
-2023:
+What makes it fast? All times here were measured on two cores of an Intel Xeon of 2023.
 
 - Channels last. Usually the numbers of an image lie in memory channel after channel:
   first all of its red, then all of its green, then all of its blue. With channels last,
-  all channels of a pixel lie side by side. A convolution needs them together, and so
-  reads memory in longer pieces. The results are the same, apart from rounding. An
-  update is 1.15 times as fast.
+  all channels of a pixel lie side by side. A convolution needs all channels of a pixel
+  together, and now it can read them in one piece. The results are the same, apart from
+  rounding. An update is 1.15 times as fast.
 - bfloat16, a number format of 16 bits. It has the range of the usual float32, but keeps
   only two to three decimal digits. Within autocast (mixed precision), PyTorch computes
   convolutions in bfloat16. This moves half as many bytes, and newer processors have
-  special units for it. Weights and Adam stay in float32, as small changes would be lost
-  by rounding. An update is 1.35 times as fast, and with both, 1.5 times. bfloat16 is
-  the default on CPUs that have such units, if PyTorch is 2.11 or newer. --no-bf16 turns
-  it off. Many GPUs can use it, too, but we have not measured that: try --bf16.
+  special units for it. The weights themselves, and what Adam remembers, stay in
+  float32, because small changes would be lost by rounding. An update is 1.35 times as
+  fast, and with both, 1.5 times. bfloat16 is the default on CPUs that have such units,
+  if PyTorch is 2.11 or newer. --no-bf16 turns it off. Many GPUs can use it, too, but we
+  have not measured that: try --bf16.
 
 What to expect from a healthy run, at its last epoch:
 
@@ -67,17 +71,18 @@ What to expect from a healthy run, at its last epoch:
     50 epochs                    0.91    1.04      0.98      0.98       0.02      0.94
     50 epochs, --conditional     0.86    1.13      0.94      0.95       0.05      0.96
 
-After 50 epochs D is nearly always on the right side of p = 0.5, but not far from it: a
-loss_d of 0.91 means that p is about 0.63 for real images and 0.37 for fakes. R1 keeps D
-so unsure, and G goes on learning. Colours and shapes look natural, but without
---conditional few objects can be recognised. With it, many horses, cars, ships and birds
-can be.
+After 50 epochs D is nearly always on the right side of p = 0.5, but it is not sure: a
+loss_d of 0.91 means that p is about 0.63 for real images and 0.37 for fakes. So D can
+still be beaten, and G goes on learning. From afar the images look like photographs,
+with natural colours, but without --conditional few objects in them can be recognised.
+With it, many horses, cars, ships and birds can be.
 
-Coverage does not tell that, as it compares images pixel by pixel, and all that counts
-there is where they are bright and dark. For scale: other real photographs score 0.98;
-birds alone, with their plain backgrounds, still score 0.96, trucks alone 0.39, and five
-photographs over and over 0.02. So a low coverage means collapse, but a high one means
-little.
+Coverage, measured with 1,000 training images here, does not tell whether objects can be
+recognised. It compares images pixel by pixel, so all that counts is what is bright and
+what is dark where. For scale: other real photographs score 0.98; birds alone, with
+their plain backgrounds, still score 0.96, trucks alone 0.39, and five photographs over
+and over 0.02. So late in a run, a low coverage means that something is wrong, but a
+high one means little.
 
     python dcgan_cifar10.py --epochs 7 --out-dir runs/short             # 10 minutes
     python dcgan_cifar10.py                                             # 70 minutes
@@ -124,7 +129,10 @@ from common import init_weights, save_grid
 
 
 class Generator(nn.Sequential):
-    """Latent vectors N x latent_dim and labels N (0 to 9) to N x 3 x 32 x 32."""
+    """Turns latent vectors N x latent_dim and labels N into images N x 3 x 32 x 32.
+
+    Labels are whole numbers from 0 to 9. The images are in [-1, 1].
+    """
 
     def __init__(self, latent_dim=100):
         super().__init__(
@@ -151,7 +159,7 @@ class Generator(nn.Sequential):
 
 
 class Discriminator(nn.Sequential):
-    """Images N x 3 x 32 x 32 in [-1, 1] and labels N (0 to 9) to logits N x 1."""
+    """Turns images N x 3 x 32 x 32 in [-1, 1] and labels N into logits N x 1."""
 
     def __init__(self):
         super().__init__(
@@ -168,7 +176,7 @@ class Discriminator(nn.Sequential):
         )
 
     def forward(self, x, labels):
-        # Of the ten logits of an image, the one of its class.
+        # gather() takes, of the ten logits of each image, the one of its class.
         return super().forward(x).gather(1, labels[:, None])
 
 
@@ -199,7 +207,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, labels, z, r1, bf16
         r1_penalty(discriminator, real, labels).backward()
     opt_d.step()
 
-    # (2) Update G: make loss_g = -log p(fake) smaller.
+    # (2) Update G: make loss_g = -log p(fake) smaller. D does not learn from it.
     discriminator.requires_grad_(False)
     with autocast:
         new_fake_logits = discriminator(fake, labels)
@@ -219,7 +227,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, labels, z, r1, bf16
 
 
 R1_INTERVAL = 16  # R1 is computed at every 16th update only, as it is slow
-R1_WEIGHT = 0.05 * R1_INTERVAL  # and is 16 times as strong for it
+R1_WEIGHT = 0.05 * R1_INTERVAL  # and so counts 16 times then
 
 
 def r1_penalty(discriminator, real, labels):
@@ -271,11 +279,13 @@ def train_epoch(
 ):
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
-    # A resumed run draws the same random numbers in this epoch.
+    # So a resumed run draws the same random numbers in this epoch as one that was never
+    # stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
     # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
     # there are many images, repeats is 1. If there are few, several numbers stand for
-    # each image: the remainder after the division by len(data) is the image's index.
+    # each image: the remainder after the division by len(data) is the image's index. Of
+    # 300 images, the numbers 7, 307 and 607 all stand for image 7.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
@@ -323,7 +333,7 @@ def train(args, device, bf16, data, labels, checkpoint):
     for network in generator, discriminator:
         network.apply(init_weights).to(device, memory_format=layout)  # rule 5
     average = copy.deepcopy(generator)
-    # Rule 6, with a higher rate and no momentum: see the docstring.
+    # Rule 6, but with a higher rate and no momentum: see the docstring.
     opt_g, opt_d = (
         Adam(network.parameters(), args.lr, (args.beta1, 0.999), fused=True)
         for network in (generator, discriminator)
@@ -606,7 +616,7 @@ def parse_args(**settings):
     parser = argparse.ArgumentParser()
     flag = parser.add_argument
     flag("--conditional", action="store_true", help="show G and D an image's class")
-    flag("--epochs", type=positive, help="passes over the data (50; toy 12)")
+    flag("--epochs", type=positive, help="of at least 100 updates each (50; toy 12)")
     flag(
         "--batch-size", type=positive, default=64, help="images per step (%(default)s)"
     )

@@ -1,25 +1,34 @@
 """A GAN that draws clothes, how to watch the game, and how to keep it even.
 
-Read gan_mnist.py first: the networks resemble its convolutional pair. New here are
-numbers that tell how the game stands, R1, which is a second loss of D and keeps the
-game even (see r1_penalty), and images of a class that you choose (--conditional). D has
-no dropout here: R1 takes its place.
+Read gan_mnist.py first: the networks resemble its convolutional pair. New here are:
 
-D takes an image for real if p > 0.5, that is, if its logit is above 0. acc_real is the
-share of the real images, and acc_fake the share of the fakes, that D judges right.
-fool_rate is the share of the same fakes that fool D after its update.
+- numbers that tell whether D or G is ahead, and whether G copies its training images;
+- R1, a second loss of D that keeps the game even. The docstring of r1_penalty explains
+  it. As it holds D back, D has no dropout here;
+- images of a class that you choose (--conditional).
 
-coverage is here the share of 1,000 test images that have a fake close by. Neither
-network is trained on test images. 1,000 training images in place of the fakes would
-score 0.98, so more is hardly possible. The copy ratio, printed at the end of a run,
-tells whether G just copies: it is the median distance from a fake to its nearest
-training image, divided by the median distance from a test image to its nearest training
-image. Near 1, the fakes are as new as the test images. Towards 0 they are copies, and
-well above 1 they do not even resemble clothes.
+The new numbers of the printed line are about D's decisions. D takes an image for real
+if p is above 0.5, that is, if its logit is above 0.
 
-These numbers are from the last epoch of a healthy run, and of three that went wrong on
-purpose. The first five are means over the epoch. Coverage, copy ratio and grids are of
-the averaged generator.
+- acc_real is the share of the real images that D takes for real.
+- acc_fake is the share of the fakes that D does not take for real.
+- fool_rate is the share of these fakes that D takes for real after its update, so when
+  it has just learned from them.
+
+Coverage is measured with 1,000 test images here, on which neither network is trained.
+As before, it is the share of them that have a fake close by, compared pixel by pixel.
+1,000 training images in place of the fakes score 0.98.
+
+At the end of a run the copy ratio is printed. It tells whether G just copies. First we
+measure how far each fake is from the training image that is nearest to it, and take the
+median. Then we do the same with test images in place of the fakes. The copy ratio is
+the first median divided by the second. Near 1, fakes are as new as test images. Exact
+copies would give 0, and noisy copies give about 0.5. Well above 1, the fakes do not
+even resemble clothes. (A median does not notice if only a few fakes are copies.)
+
+Here are the numbers of the last epoch of a healthy run, and of three runs that went
+wrong on purpose. The first five are means over the epoch. Coverage and the copy ratio
+are those of the averaged generator, which also draws the grids.
 
                 loss_d  loss_g  acc_real  acc_fake  fool_rate  coverage  copy ratio
     healthy       1.15    0.87      0.81      0.82       0.15      0.97        1.04
@@ -29,21 +38,23 @@ the averaged generator.
 
 Look at the grids first, then at coverage, then at the copy ratio, at the losses last.
 
-- Healthy: coverage is high, and the copy ratio is near 1. D is right about most images,
-  but not sure of it: loss_d is closer to 1.39, where D only guesses, than to 0. So the
-  fool rate may be low, and G learns all the same.
-- Collapsed: D learns once while G learns 20 times. Meanwhile G moves all its images to
-  whatever D likes at that moment, as nothing in loss_g asks for different images. The
-  losses are those of a D that only guesses, and look healthy. (p is near 0.5 for all
-  images, mostly just below, so accuracies and fool rate mean little.) But the grid
-  repeats a few smudges, and coverage is 0.11. After the same 2 epochs with --g-steps 1
-  it is 0.98.
-- D has won: D is right about every image, and sure of it. The grid shows blotches, and
-  coverage is near 0. Momentum (see train in gan_mnist.py) and five times the usual
-  learning rate brought this about.
+- Healthy: the grid shows different clothes, coverage is high, and the copy ratio is
+  near 1. D is right about most images, but it is not sure: loss_d is closer to 1.39,
+  where D only guesses, than to 0. The fool rate of 0.15 is no bad sign: G learns from
+  how D's logit changes with a fake, and not from whether it is above 0.
+- Collapsed: D learns only once while G learns 20 times. Meanwhile G moves all its
+  images to whatever D likes at that moment, as nothing in loss_g asks for different
+  images. The losses are those of a D that only guesses. This is also how a perfect game
+  would end, so the losses do not show the failure. (p is near 0.5 for all images, and
+  mostly a little below it. So accuracies and fool rate mean little.) But the grid
+  repeats a few smudges, and coverage is 0.11. A run of 2 epochs with --g-steps 1 ends
+  with 0.98.
+- D has won: D is right about nearly all images, and sure of it. The grid shows
+  blotches, and coverage is near 0. Momentum (see train in gan_mnist.py) and a learning
+  rate of 0.01 instead of 0.002 brought this about.
 - Copies: there are only 30 training images, and D knows them by heart. The first five
-  numbers look as if D had won. But the grid shows clothes: noisy copies of the 30, as
-  the copy ratio tells. images/nearest.png shows them beside the training images.
+  numbers look as if D had won. But the grid shows clothes, and the copy ratio tells
+  that they are noisy copies of the 30. images/nearest.png shows them beside these.
 
     python gan_fashion.py                                          # healthy, 9 minutes
     python gan_fashion.py --g-steps 20 --epochs 2 --out-dir runs/collapsed
@@ -93,7 +104,10 @@ from common import init_weights, save_grid
 
 
 class Generator(nn.Sequential):
-    """Latent vectors N x latent_dim and labels N (0 to 9) to N x 1 x 28 x 28."""
+    """Turns latent vectors N x latent_dim and labels N into images N x 1 x 28 x 28.
+
+    Labels are whole numbers from 0 to 9. The images are in [-1, 1].
+    """
 
     def __init__(self, latent_dim=100):
         super().__init__(
@@ -118,7 +132,7 @@ class Generator(nn.Sequential):
 
 
 class Discriminator(nn.Sequential):
-    """Images N x 1 x 28 x 28 in [-1, 1] and labels N (0 to 9) to logits N x 1."""
+    """Turns images N x 1 x 28 x 28 in [-1, 1] and labels N into logits N x 1."""
 
     def __init__(self):
         super().__init__(
@@ -134,10 +148,11 @@ class Discriminator(nn.Sequential):
         )
 
     def forward(self, x, labels):
-        # Only the logit of the image's class is used. (Without --conditional all labels
-        # are 0.) So logit k learns from real images of class k, and from fakes that G
-        # drew for label k. If G draws a boot for label 3, which means dresses, logit 3
-        # becomes low for it, as none of the real images with label 3 is a boot.
+        # gather() takes, of the ten logits of each image, the one of its class.
+        # (Without --conditional all labels are 0.) So logit k learns from real images
+        # of class k, and from fakes that G drew for label k. Label 3 means a dress. If
+        # G draws a boot for it, logit 3 becomes low for this boot, as none of the real
+        # images with label 3 is a boot.
         return super().forward(x).gather(1, labels[:, None])
 
 
@@ -166,7 +181,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, labels, z, train_d,
             r1_penalty(discriminator, real, labels).backward()
         opt_d.step()
 
-    # (2) Update G: make loss_g = -log p(fake) smaller.
+    # (2) Update G: make loss_g = -log p(fake) smaller. D does not learn from it.
     discriminator.requires_grad_(False)
     new_fake_logits = discriminator(fake, labels)
     loss_g = bce(new_fake_logits, ones)
@@ -185,24 +200,29 @@ def train_step(generator, discriminator, opt_g, opt_d, real, labels, z, train_d,
 
 
 R1_INTERVAL = 16  # R1 is computed at every 16th update only, as it is slow
-R1_WEIGHT = 0.25 * R1_INTERVAL  # and is 16 times as strong for it
+R1_WEIGHT = 0.25 * R1_INTERVAL  # and so counts 16 times then
 
 
 def r1_penalty(discriminator, real, labels):
     """Returns R1_WEIGHT times the mean squared length of the gradient of D's logit.
 
-    The gradient is the one with respect to the pixels of real images. R1 (Mescheder et
-    al. 2018) is a second loss for D. It is large if a small change of a real image
-    changes D's logit a lot. Without it, D can tell fakes from real images by fine
-    patterns of pixels that nobody would see: a tiny change of such a pattern makes D
-    sure. Then D's gradient asks G for other patterns, and not for better clothes. With
-    R1, it costs too much to be so sensitive, and D has to look at larger things.
+    R1 (Mescheder et al. 2018) is a second loss for D. For each real image it asks how
+    D's logit would change if a pixel changed a little. These numbers, one for each
+    pixel, are the gradient of the logit with respect to the image. Its squared length
+    is the sum of their squares. R1 is the mean of the squared lengths, times a weight.
+
+    Why does this help G? Without R1, D can tell fakes from real images by fine patterns
+    of pixels that nobody would see: a tiny change of such a pattern makes D sure. Then
+    D's gradient asks G for other patterns, and not for better clothes. With R1, it
+    costs D too much to be so sensitive, and it has to look at larger parts of the
+    image. R1 is measured at real images only. But the same layers look at fakes, so D
+    becomes less sensitive there, too.
 
     Try it: set R1_WEIGHT to 0 and train again. D then gets further ahead: after 10
-    epochs loss_d is 0.44 instead of 1.15, and the fool rate 0.05 instead of 0.15. More
-    of the clothes in the grid are torn or smeared, which coverage hardly notices: it is
-    0.95 instead of 0.97. (We measured the gradient, too: its length is then about 10
-    instead of 0.6, at real images and at fakes alike.)
+    epochs loss_d is 0.44 instead of 1.15, and the fool rate 0.05 instead of 0.15. The
+    gradient has a length of about 10 instead of 0.6, at real images and at fakes alike.
+    More of the clothes in the grid are torn or smeared. (Coverage hardly notices: it is
+    0.95 instead of 0.97.)
 
     To save time, R1 is computed for half of the batch only, and not at every update
     (lazy regularization, Karras et al. 2020). The weight of 0.25 was found by trying.
@@ -253,7 +273,8 @@ def copy_ratio(fakes, held_out, training):
     """Returns the copy ratio: near 1 if fakes are new, towards 0 if they are copies.
 
     It is the median distance of the fakes from their nearest training image, divided by
-    the median distance of held-out real images from theirs. All are N x C x H x W.
+    the same for real images that are held out: neither network is trained on them. All
+    three are N x C x H x W.
     """
     distance = nearest(fakes, training).values.median()
     distance_of_new = nearest(held_out, training).values.median()
@@ -264,8 +285,8 @@ def show_nearest(fakes, held_out, training, path):
     """Saves a grid of five rows: fakes, their nearest training images, a gap, held-out
     real images, and their nearest training images.
 
-    Even a new image resembles its nearest training image. So compare: as long as fakes
-    resemble theirs no more than held-out images do, they are no copies.
+    Even a new image resembles its nearest training image. So compare the two upper rows
+    with the two lower ones. If the upper two are much more alike, G copies.
     """
     rows = []
     for images in (fakes, held_out):
@@ -283,11 +304,13 @@ def train_epoch(
 ):
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
-    # A resumed run draws the same random numbers in this epoch.
+    # So a resumed run draws the same random numbers in this epoch as one that was never
+    # stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
     # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
     # there are many images, repeats is 1. If there are few, several numbers stand for
-    # each image: the remainder after the division by len(data) is the image's index.
+    # each image: the remainder after the division by len(data) is the image's index. Of
+    # 300 images, the numbers 7, 307 and 607 all stand for image 7.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
@@ -611,7 +634,10 @@ def parse_args(**settings):
     flag("--conditional", action="store_true", help="show G and D an image's class")
     flag("--g-steps", type=positive, default=1, help="updates of G per one of D (1)")
     flag(
-        "--epochs", type=positive, default=10, help="passes over the data (%(default)s)"
+        "--epochs",
+        type=positive,
+        default=10,
+        help="of at least 100 updates each (%(default)s)",
     )
     flag(
         "--batch-size", type=positive, default=64, help="images per step (%(default)s)"
