@@ -343,8 +343,8 @@ def train_epoch(
 ):
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
-    # So a resumed run draws the same random numbers in this epoch as one that was never
-    # stopped.
+    # With this seed, a resumed run draws the same random numbers in this epoch as a run
+    # that was never stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
     # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
     # there are many images, repeats is 1. If there are few, several numbers stand for
@@ -417,8 +417,9 @@ def train(args, device, bf16, data, checkpoint):
     if checkpoint:
         for name in run:
             run[name].load_state_dict(checkpoint[name])
-        # Adam's moments have to lie in memory as their weights do. If the run began on
-        # another device they may not. A sum gets the layout of its first term.
+        # Adam keeps means of gradients and of their squares. They have to lie in memory
+        # in the order of their weights, or Adam would mix them up. If the run began on
+        # another device, they may not. A sum gets the order of its first term.
         for opt in opt_g, opt_d:
             for weight, moments in opt.state.items():
                 for name in "exp_avg", "exp_avg_sq":

@@ -14,33 +14,34 @@ Rule 1. Strides, no pooling. A pooling layer halves height and width in a fixed 
 Rule 2. No hidden dense layers. Most weights of D in gan_fashion.py are in its first
     dense layer, which has separate weights for each place in the image. A convolution
     uses the same few weights everywhere: what it learns in one corner of an image, it
-    can use in all others. (Only G's first convolution and D's last one are as good as
-    dense, as one of their two sides is an image of a single pixel.)
+    can use in all others. (Only two convolutions are as good as dense: G's first one
+    begins with a single pixel, and D's last one ends with a single pixel.)
 Rule 3. BatchNorm in both networks. It keeps the numbers in all layers at one scale, so
     that gradients neither vanish nor explode on their way through many layers. The
     paper leaves it out of G's last layer and of D's first one, because training was
     unstable with it there. We also leave it out of D's last layer: D sees real images
     and fakes in separate batches, and BatchNorm gives every batch the same mean, so the
-    mean logit of the fakes would always equal that of the real images.
+    mean logit of the fakes would always equal that of the real images. (In the layers
+    between, BatchNorm hides the mean, too. But the next layers see all the rest.)
 Rule 4. ReLU in G, with tanh at its end, as pixels lie in [-1, 1]. LeakyReLU in D: its
     slope is nowhere 0, so that gradients get through D to G. (In G both work: in
     gan_mnist.py and gan_fashion.py G has LeakyReLU.)
 Rule 5. Small random weights at the start, with a standard deviation of 0.02. With them
     the last layer of G gives numbers near 0. So its first images are nearly grey, and
     tanh is steep, which lets gradients through.
-Rule 6. Adam with a learning rate of 0.0002, and with a beta1 of 0.5 instead of the
-    usual 0.9. So there is less momentum, which pushes on in an old direction although
-    the other network has changed since.
+Rule 6. Adam with a learning rate of 0.0002, and with little momentum: a beta1 of 0.5
+    instead of the usual 0.9. Momentum pushes on in the direction of old gradients,
+    although the other network has changed since.
 
 Where we differ from the paper:
 
 - Both networks learn ten times as fast, with a learning rate of 0.002, and without any
-  momentum (beta1 is 0). This works because there is R1, which keeps D from getting far
+  momentum (beta1 is 0). We think that this works because R1 keeps D from getting far
   ahead. We also tried the paper's way, with its learning rate and its beta1, and
   without R1 (--lr 2e-4 --beta1 0.5, and R1_WEIGHT = 0 in the code below). After 7
   epochs D was far ahead: loss_d was 0.26 instead of 1.20. More of the shapes in the
-  grid were torn. (We changed all three at once, and cannot say which of them matters
-  most.)
+  grid were torn. (As we changed all three at once, this does not tell which of them
+  matters most.)
 - Layers have 48 to 192 channels, not 128 to 1024, and kernels of 4 x 4, not 5 x 5, so
   that a laptop can train them. Batches have 64 images, not 128.
 - The learning rate falls to 0, images are mirrored at random, and all grids are drawn
@@ -72,17 +73,18 @@ What to expect from a healthy run, at its last epoch:
     50 epochs, --conditional     0.86    1.13      0.94      0.95       0.05      0.96
 
 After 50 epochs D is nearly always on the right side of p = 0.5, but it is not sure: a
-loss_d of 0.91 means that p is about 0.63 for real images and 0.37 for fakes. So D can
-still be beaten, and G goes on learning. From afar the images look like photographs,
-with natural colours, but without --conditional few objects in them can be recognised.
-With it, many horses, cars, ships and birds can be.
+loss_d of 0.91 means that p is about 0.63 for real images and 0.37 for fakes. So its
+logit still changes with each fake, and G goes on learning. From afar the images look
+like photographs, with natural colours, but without --conditional few objects in them
+can be recognised. With it, many horses, cars, ships and birds can be.
 
 Coverage, measured with 1,000 training images here, does not tell whether objects can be
-recognised. It compares images pixel by pixel, so all that counts is what is bright and
-what is dark where. For scale: other real photographs score 0.98; birds alone, with
-their plain backgrounds, still score 0.96, trucks alone 0.39, and five photographs over
-and over 0.02. So late in a run, a low coverage means that something is wrong, but a
-high one means little.
+recognised. It compares images pixel by pixel, and what counts most then is which large
+areas are bright and which are dark. So 0.94 after 50 epochs is not worse than 0.97
+after 7, as the grids show. For scale: other real photographs score 0.98; birds alone,
+with their plain backgrounds, still score 0.96, trucks alone 0.39, and five photographs
+over and over 0.02. So late in a run, a low coverage means that something is wrong, but
+a high one means little.
 
     python dcgan_cifar10.py --epochs 7 --out-dir runs/short             # 10 minutes
     python dcgan_cifar10.py                                             # 70 minutes
@@ -141,7 +143,7 @@ class Generator(nn.Sequential):
             nn.ConvTranspose2d(latent_dim + 10, 192, 4),  # 192 x 4 x 4
             nn.BatchNorm2d(192),  # rule 3
             nn.ReLU(),  # rule 4
-            # Rule 1: kernels of 4 x 4 pixels, a stride of 2 and a padding of 1.
+            # Rule 1: a stride of 2, with kernels of 4 x 4 pixels and a padding of 1.
             nn.ConvTranspose2d(192, 96, 4, 2, 1),  # 96 x 8 x 8
             nn.BatchNorm2d(96),
             nn.ReLU(),
@@ -234,8 +236,8 @@ def r1_penalty(discriminator, real, labels):
     """Returns R1_WEIGHT times the mean squared length of the gradient of D's logit.
 
     It is explained in gan_fashion.py. As there, it is computed for half of the batch,
-    which saves time. Its weight was found by trying: 0.05, where gan_fashion.py has
-    0.25. It is computed outside of autocast, and so in float32: bfloat16 is too coarse
+    which saves time. The weight of 0.05 was found by trying, and gan_fashion.py has
+    0.25. R1 is computed outside of autocast, and so in float32: bfloat16 is too coarse
     for the gradient of a gradient.
     """
     half = len(real) // 2
@@ -279,8 +281,8 @@ def train_epoch(
 ):
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
-    # So a resumed run draws the same random numbers in this epoch as one that was never
-    # stopped.
+    # With this seed, a resumed run draws the same random numbers in this epoch as a run
+    # that was never stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
     # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
     # there are many images, repeats is 1. If there are few, several numbers stand for
@@ -349,8 +351,9 @@ def train(args, device, bf16, data, labels, checkpoint):
     if checkpoint:
         for name in run:
             run[name].load_state_dict(checkpoint[name])
-        # Adam's moments have to lie in memory as their weights do. If the run began on
-        # another device they may not. A sum gets the layout of its first term.
+        # Adam keeps means of gradients and of their squares. They have to lie in memory
+        # in the order of their weights, or Adam would mix them up. If the run began on
+        # another device, they may not. A sum gets the order of its first term.
         for opt in opt_g, opt_d:
             for weight, moments in opt.state.items():
                 for name in "exp_avg", "exp_avg_sq":

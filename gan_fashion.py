@@ -304,8 +304,8 @@ def train_epoch(
 ):
     """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
     start = time.perf_counter()
-    # So a resumed run draws the same random numbers in this epoch as one that was never
-    # stopped.
+    # With this seed, a resumed run draws the same random numbers in this epoch as a run
+    # that was never stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
     # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
     # there are many images, repeats is 1. If there are few, several numbers stand for
