@@ -287,7 +287,7 @@ def train_epoch(
     # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
     # there are many images, repeats is 1. If there are few, several numbers stand for
     # each image: the remainder after the division by len(data) is the image's index. Of
-    # 300 images, the numbers 7, 307 and 607 all stand for image 7.
+    # 300 images, the numbers 7, 307, 607 and so on all stand for image 7.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
@@ -353,7 +353,8 @@ def train(args, device, bf16, data, labels, checkpoint):
             run[name].load_state_dict(checkpoint[name])
         # Adam keeps means of gradients and of their squares. They have to lie in memory
         # in the order of their weights, or Adam would mix them up. If the run began on
-        # another device, they may not. A sum gets the order of its first term.
+        # another device, they may not. Adding them to zeros that lie in the order of
+        # the weights gives them this order.
         for opt in opt_g, opt_d:
             for weight, moments in opt.state.items():
                 for name in "exp_avg", "exp_avg_sq":

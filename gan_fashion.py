@@ -3,8 +3,8 @@
 Read gan_mnist.py first: the networks resemble its convolutional pair. New here are:
 
 - numbers that tell whether D or G is ahead, and whether G copies its training images;
-- R1, a second loss of D that keeps the game even. The docstring of r1_penalty explains
-  it. As it holds D back, D has no dropout here;
+- R1, a second loss of D that helps to keep the game even. The docstring of r1_penalty
+  explains it. As it holds D back, D has no dropout here;
 - images of a class that you choose (--conditional).
 
 The new numbers of the printed line are about D's decisions. D takes an image for real
@@ -12,8 +12,8 @@ if p is above 0.5, that is, if its logit is above 0.
 
 - acc_real is the share of the real images that D takes for real.
 - acc_fake is the share of the fakes that D does not take for real.
-- fool_rate is the share of these fakes that D takes for real after its update, so when
-  it has just learned from them.
+- fool_rate is the share of the same fakes that D takes for real after its update. (The
+  two others are from before it. So a healthy fool rate is a little below 1 - acc_fake.)
 
 Coverage is measured with 1,000 test images here, on which neither network is trained.
 As before, it is the share of them that have a fake close by, compared pixel by pixel.
@@ -23,8 +23,8 @@ At the end of a run the copy ratio is printed. It tells whether G just copies. F
 measure how far each fake is from the training image that is nearest to it, and take the
 median. Then we do the same with test images in place of the fakes. The copy ratio is
 the first median divided by the second. Near 1, fakes are as new as test images. Exact
-copies would give 0, and noisy copies give about 0.5. Well above 1, the fakes do not
-even resemble clothes. (A median does not notice if only a few fakes are copies.)
+copies would give 0, and the noisy copies below give 0.51. Well above 1, the fakes do
+not even resemble clothes. (A median does not notice if only a few fakes are copies.)
 
 Here are the numbers of the last epoch of a healthy run, and of three runs that went
 wrong on purpose. The first five are means over the epoch. Coverage and the copy ratio
@@ -41,20 +41,22 @@ Look at the grids first, then at coverage, then at the copy ratio, at the losses
 - Healthy: the grid shows different clothes, coverage is high, and the copy ratio is
   near 1. D is right about most images, but it is not sure: loss_d is closer to 1.39,
   where D only guesses, than to 0. The fool rate of 0.15 is no bad sign: G learns from
-  how D's logit changes with a fake, and not from whether it is above 0.
+  how D's logit changes when the pixels of a fake change, and not from whether it is
+  above 0.
 - Collapsed: D learns only once while G learns 20 times. Meanwhile G moves all its
   images to whatever D likes at that moment, as nothing in loss_g asks for different
   images. The losses are those of a D that only guesses. This is also how a perfect game
-  would end, so the losses do not show the failure. (p is near 0.5 for all images, and
-  mostly a little below it. So accuracies and fool rate mean little.) But the grid
-  repeats a few smudges, and coverage is 0.11. A run of 2 epochs with --g-steps 1 ends
-  with 0.98.
+  would end, so the losses do not show the failure. (D hardly changes in so few updates:
+  p is near 0.5 for all images, and mostly a little below it. So accuracies and fool
+  rate mean little.) But the grid repeats a few smudges, and coverage is 0.11. A run of
+  2 epochs with --g-steps 1 ends with a coverage of 0.98.
 - D has won: D is right about nearly all images, and sure of it. The grid shows
   blotches, and coverage is near 0. Momentum (see train in gan_mnist.py) and a learning
   rate of 0.01 instead of 0.002 brought this about.
 - Copies: there are only 30 training images, and D knows them by heart. The first five
   numbers look as if D had won. But the grid shows clothes, and the copy ratio tells
-  that they are noisy copies of the 30. images/nearest.png shows them beside these.
+  that they are noisy copies of the 30. images/nearest.png shows each fake above the
+  training image that is nearest to it.
 
     python gan_fashion.py                                          # healthy, 9 minutes
     python gan_fashion.py --g-steps 20 --epochs 2 --out-dir runs/collapsed
@@ -214,9 +216,9 @@ def r1_penalty(discriminator, real, labels):
     Why does this help G? Without R1, D can tell fakes from real images by fine patterns
     of pixels that nobody would see: a tiny change of such a pattern makes D sure. Then
     D's gradient asks G for other patterns, and not for better clothes. With R1, it
-    costs D too much to be so sensitive, and it has to look at larger parts of the
-    image. R1 is measured at real images only. But the same layers look at fakes, so D
-    becomes less sensitive there, too.
+    costs D too much to be so sensitive. No tiny change can move its logit much, but a
+    large one, such as a missing sleeve, still can. R1 is measured at real images only.
+    But the same layers look at fakes, so D becomes less sensitive there, too.
 
     Try it: set R1_WEIGHT to 0 and train again. D then gets further ahead: after 10
     epochs loss_d is 0.44 instead of 1.15, and the fool rate 0.05 instead of 0.15. The
@@ -225,14 +227,16 @@ def r1_penalty(discriminator, real, labels):
     0.95 instead of 0.97.)
 
     To save time, R1 is computed for half of the batch only, and not at every update
-    (lazy regularization, Karras et al. 2020). The weight of 0.25 was found by trying.
+    (lazy regularization, Karras et al. 2020). The weight of 0.25, which is multiplied
+    by 16 above, was found by trying.
     """
     half = len(real) // 2
     real = real[:half].requires_grad_()
     logits = discriminator(real, labels[:half])
     # Row i of the gradient of the sum of all logits is the gradient of logit i at image
-    # i. (As D has BatchNorm, image i also changes the other logits a little, and row i
-    # contains these changes as well. In the paper D has no BatchNorm.)
+    # i, as no other logit depends on image i. (This is not quite so here: through
+    # BatchNorm it also changes the others a little, and row i contains these changes as
+    # well. In the paper D has no BatchNorm.)
     # create_graph=True lets backward() differentiate this gradient once more.
     (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return R1_WEIGHT * gradient.square().sum() / half
@@ -310,7 +314,7 @@ def train_epoch(
     # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
     # there are many images, repeats is 1. If there are few, several numbers stand for
     # each image: the remainder after the division by len(data) is the image's index. Of
-    # 300 images, the numbers 7, 307 and 607 all stand for image 7.
+    # 300 images, the numbers 7, 307, 607 and so on all stand for image 7.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
@@ -393,7 +397,7 @@ def train(args, device, data, labels, held_out, checkpoint):
         save_checkpoint(args, run, history)
         print_epoch(args, row)
 
-    fakes = sample(average, fixed_z, fixed_labels)  # none yet if no epoch was left
+    fakes = sample(average, fixed_z, fixed_labels)  # also if no epoch was left to train
     training = data / 127.5 - 1
     show_nearest(fakes, held_out, training, f"{args.out_dir}/images/nearest.png")
     say(f"copy ratio {copy_ratio(fakes, held_out, training):.2f}")

@@ -268,7 +268,7 @@ def train_epoch(args, epoch, data, generator, discriminator, average, opt_g, opt
     # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
     # there are many images, repeats is 1. If there are few, several numbers stand for
     # each image: the remainder after the division by len(data) is the image's index. Of
-    # 300 images, the numbers 7, 307 and 607 all stand for image 7.
+    # 300 images, the numbers 7, 307, 607 and so on all stand for image 7.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
