@@ -76,7 +76,7 @@ After 50 epochs D is nearly always on the right side of p = 0.5, but it is not s
 loss_d of 0.91 means that p is about 0.63 for real images and 0.37 for fakes. So its
 logit still changes with each fake, and G goes on learning. From afar the images look
 like photographs, with natural colours, but without --conditional few objects in them
-can be recognised. With it, many horses, cars, ships and birds can be.
+can be recognised. With it, many horses, cars and ships can be, and some birds.
 
 Coverage, measured with 1,000 training images here, does not tell whether objects can be
 recognised. It compares images pixel by pixel, and what counts most then is which large

@@ -215,10 +215,10 @@ def r1_penalty(discriminator, real, labels):
 
     Why does this help G? Without R1, D can tell fakes from real images by fine patterns
     of pixels that nobody would see: a tiny change of such a pattern makes D sure. Then
-    D's gradient asks G for other patterns, and not for better clothes. With R1, it
-    costs D too much to be so sensitive. No tiny change can move its logit much, but a
-    large one, such as a missing sleeve, still can. R1 is measured at real images only.
-    But the same layers look at fakes, so D becomes less sensitive there, too.
+    D's gradient asks G more for other patterns, and less for better clothes. With R1,
+    it costs D too much to be so sensitive. No tiny change can move its logit much, but
+    a large one, such as a missing sleeve, still can. R1 is measured at real images
+    only. But the same layers look at fakes, so D becomes less sensitive there, too.
 
     Try it: set R1_WEIGHT to 0 and train again. D then gets further ahead: after 10
     epochs loss_d is 0.44 instead of 1.15, and the fool rate 0.05 instead of 0.15. The
