@@ -27,8 +27,8 @@ stops the run. To continue it after its last whole epoch, type:
 (A run remembers its flags, and so also the folder of images.)
 
 Without --images, the script learns from CelebA's 202,599 photographs. It downloads them
-(1.4 GB) into the folder data, unless they are there already. In all they need about 6
-GB: the archive, its unpacked files and the decoded pixels.
+(1.4 GB) into the folder data, unless they are there already. Keep 6 GB free for the
+archive, its unpacked files and the decoded pixels.
 
 How long does it take? On a CPU, an update with 64 images takes about four times as long
 as one with 16, but does not teach four times as much. So a batch has only 16 images. If
@@ -60,11 +60,13 @@ pixels.
   training image that is nearest to it, and take the median. Then we do the same for
   real images and their nearest other training image. The copy ratio is the first median
   divided by the second. Near 1, the fakes are new, and towards 0 they are copies. Well
-  above 1, they do not even resemble your images.
-  images/nearest.png shows eight pairs of each kind.
-- Thumbnails show nothing of sharpness. Early fakes are like fog, in which no face can
-  be seen yet, and fog is close to many images: coverage is high, and the copy ratio
-  low. So both count only once the fakes are sharp.
+  above 1, they do not even resemble your images. The grid images/nearest.png shows
+  eight fakes above their nearest training images, and, after a white row, eight real
+  images above theirs.
+- Thumbnails do not show whether fakes are sharp. Early fakes are like fog, in which no
+  face can be seen yet. Fog is smooth even in a thumbnail, and so it is close to many
+  images: coverage is high, and the copy ratio low. So both count only once the fakes
+  are sharp.
 - In the first epochs D is often far ahead. A fool rate of 0.00 and a loss_g of 3 to 7
   are no reason to stop then.
 - With a few hundred images, D soon knows them all by heart, and the losses look as if D
@@ -253,7 +255,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16):
 
 
 R1_INTERVAL = 16  # R1 is computed at every 16th update only, as it is slow
-R1_WEIGHT = 0.05 * R1_INTERVAL  # and so counts 16 times then
+R1_WEIGHT = 0.05 * R1_INTERVAL  # and so it is multiplied by 16
 
 
 def r1_penalty(discriminator, real):
@@ -407,7 +409,7 @@ def train(args, device, bf16, data, checkpoint):
     """
     torch.manual_seed(args.seed)
     # The weights are channels last, except on Apple's GPUs, where PyTorch's BatchNorm
-    # failed with it. (So real images never are. PyTorch converts them where it helps.)
+    # failed with it. (Images may differ from the weights: convolutions convert them.)
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     generator = Generator(args.latent_dim, args.image_size)
     discriminator = Discriminator(args.image_size)
@@ -463,7 +465,8 @@ def train(args, device, bf16, data, checkpoint):
             save_checkpoint(args, run, history)
         print_epoch(args, row)
 
-    fakes = sample(average, fixed_z)  # also if no epoch was left to train
+    # The last fakes once more, as perhaps no epoch was left to train.
+    fakes = sample(average, fixed_z)
     training = torch.cat(  # in parts: all at once could take too much memory
         [thumbnails(part / 127.5 - 1) for part in data.split(100)]
     )

@@ -229,7 +229,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, labels, z, r1, bf16
 
 
 R1_INTERVAL = 16  # R1 is computed at every 16th update only, as it is slow
-R1_WEIGHT = 0.05 * R1_INTERVAL  # and so counts 16 times then
+R1_WEIGHT = 0.05 * R1_INTERVAL  # and so it is multiplied by 16
 
 
 def r1_penalty(discriminator, real, labels):

@@ -202,7 +202,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, labels, z, train_d,
 
 
 R1_INTERVAL = 16  # R1 is computed at every 16th update only, as it is slow
-R1_WEIGHT = 0.25 * R1_INTERVAL  # and so counts 16 times then
+R1_WEIGHT = 0.25 * R1_INTERVAL  # and so it is multiplied by 16
 
 
 def r1_penalty(discriminator, real, labels):
@@ -277,8 +277,8 @@ def copy_ratio(fakes, held_out, training):
     """Returns the copy ratio: near 1 if fakes are new, towards 0 if they are copies.
 
     It is the median distance of the fakes from their nearest training image, divided by
-    the same for real images that are held out: neither network is trained on them. All
-    three are N x C x H x W.
+    the median distance of held-out real images from their nearest training image.
+    Neither network is trained on held-out images. All three are N x C x H x W.
     """
     distance = nearest(fakes, training).values.median()
     distance_of_new = nearest(held_out, training).values.median()
@@ -397,7 +397,8 @@ def train(args, device, data, labels, held_out, checkpoint):
         save_checkpoint(args, run, history)
         print_epoch(args, row)
 
-    fakes = sample(average, fixed_z, fixed_labels)  # also if no epoch was left to train
+    # The last fakes once more, as perhaps no epoch was left to train.
+    fakes = sample(average, fixed_z, fixed_labels)
     training = data / 127.5 - 1
     show_nearest(fakes, held_out, training, f"{args.out_dir}/images/nearest.png")
     say(f"copy ratio {copy_ratio(fakes, held_out, training):.2f}")
