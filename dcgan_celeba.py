@@ -471,8 +471,13 @@ def train(args, device, bf16, data, checkpoint):
         [thumbnails(part / 127.5 - 1) for part in data.split(100)]
     )
     if RANK == 0:
-        path = f"{args.out_dir}/images/nearest.png"
-        show_nearest(fakes[:8], real_images[:8], data, training, path)
+        show_nearest(
+            fakes[:8],
+            real_images[:8],
+            data,
+            training,
+            f"{args.out_dir}/images/nearest.png",
+        )
     say(f"copy ratio {copy_ratio(fakes[:200], real_images[:200], training):.2f}")
 
 
@@ -577,7 +582,7 @@ def find_celeba(data_dir):
 
 def load_data(args):
     """Returns the training images, uint8 N x 3 x size x size."""
-    if args.toy and not args.images:
+    if args.toy:
         return draw_faces(max(16, args.limit or 600), args.image_size)
     files = find_images(args.images) if args.images else find_celeba(args.data_dir)
     if not files:
@@ -709,7 +714,7 @@ def share_gradients(network):
 def save_checkpoint(args, run, history):
     """Writes models/: the checkpoint, and both networks by themselves for later use."""
     settings = dict(vars(args))
-    for name in ("out_dir", "device", "resume", "generate"):  # not to be remembered
+    for name in "out_dir", "device", "resume", "generate":  # not to be remembered
         del settings[name]
     states = {name: part.state_dict() for name, part in run.items()}
     files = {
@@ -764,8 +769,9 @@ def plot_history(history, path):
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     # If D only guesses, p is 0.5: -2 log 0.5 is 1.386, and -log 0.5 is 0.693.
-    left.axhline(1.386, color="C0", linestyle="--", label="loss_d if D only guesses")
-    left.axhline(0.693, color="C1", linestyle="--", label="loss_g if D only guesses")
+    left.set_title("dashed: the losses if D only guessed")
+    left.axhline(1.386, color="C0", linestyle="--")
+    left.axhline(0.693, color="C1", linestyle="--")
     right.set_ylim(0, 1)
     for name in "loss_d loss_g acc_real acc_fake fool_rate coverage".split():
         axes = left if name.startswith("loss") else right
@@ -896,7 +902,9 @@ def parse_args(**settings):
             "--lr has to be above 0, --beta1 in [0, 1) and --seed in [0, 2**32), not "
             f"{args.lr}, {args.beta1} and {args.seed}"
         )
-    for name in ("image_size", "latent_dim", "beta1", "toy"):
+    if args.toy and args.images:
+        parser.error("--toy learns synthetic faces: leave out --toy or --images")
+    for name in "image_size", "latent_dim", "beta1", "toy":
         if settings and vars(args)[name] != settings[name]:
             sys.exit(
                 f"This run has --{name.replace('_', '-')} {settings[name]}, which "
@@ -929,7 +937,7 @@ def has_bfloat16(device):
 
 def main():
     args = parse_args()
-    if RANK > 0:
+    if RANK:
         sys.stdout = open(os.devnull, "w")  # process 0 prints for all
     path = f"{args.out_dir}/models/checkpoint.pth"
     checkpoint = {}

@@ -562,8 +562,9 @@ def plot_history(history, path):
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     # If D only guesses, p is 0.5: -2 log 0.5 is 1.386, and -log 0.5 is 0.693.
-    left.axhline(1.386, color="C0", linestyle="--", label="loss_d if D only guesses")
-    left.axhline(0.693, color="C1", linestyle="--", label="loss_g if D only guesses")
+    left.set_title("dashed: the losses if D only guessed")
+    left.axhline(1.386, color="C0", linestyle="--")
+    left.axhline(0.693, color="C1", linestyle="--")
     right.set_ylim(0, 1)
     for name in "loss_d loss_g acc_real acc_fake fool_rate coverage".split():
         axes = left if name.startswith("loss") else right

@@ -1,57 +1,72 @@
 """A generative adversarial network (GAN, Goodfellow et al. 2014) that writes digits.
 
 Two neural networks play against each other. The generator G turns a list of random
-numbers, the latent vector z, into an image. The discriminator D looks at an image x
-and answers with one number, the logit. The sigmoid function turns the logit into p(x):
-how probable D finds it that x is a real image of the data set and not a fake by G.
+numbers, the latent vector z, into an image. The discriminator D looks at an image x and
+answers with one number, the logit, which is large if D takes x for a real image of the
+data set, and small if D takes it for a fake by G. The sigmoid function turns the logit
+into p(x), a probability between 0 and 1.
 
          z -----> G -----> fake --+
                                   +--> D --> logit --> p(x) = sigmoid(logit)
      MNIST --------------> real --+
 
-Training repeats two updates. First D learns to tell real images from fakes, then G
-learns to make fakes that D judges to be real. Each update makes one of two losses
-smaller:
+Training repeats two updates. The first one changes D's weights: D learns to tell real
+images from fakes. The second one changes G's weights: G learns to make fakes that D
+takes for real. Each update makes a loss of its own smaller:
 
     loss_d = -log p(real) - log(1 - p(fake))    small if D is right about both
-    loss_g = -log p(fake)                       small if D judges the fakes to be real
+    loss_g = -log p(fake)                       small if D takes the fake for real
 
-G never sees a real image. Everything it learns comes through D: the gradient of D's
-logit tells, for each pixel of a fake, whether D would rather see it brighter or darker,
-and backpropagation carries this on to the weights of G.
+The natural logarithm is meant: -log p is 0 for p = 1, and grows without limit as p
+comes near 0. Both losses are means over a batch of images.
 
-Why should this end in good images? An image of 784 pixels is a point in a space of 784
-dimensions. Look at a small region of this space. If three real images and one fake lie
-there, the best answer of D is p = 3/4; in general it is R / (R + F), for R real images
-and F fakes. So p is high where fakes are still too rare, and G's updates move fakes
-there. When fakes are as common as real images everywhere, D can only guess: p is 0.5,
-loss_g is -log 0.5 = 0.69, loss_d is twice that, and G has nothing left to improve.
-In practice this can fail. If D has found some detail by which it recognises all fakes
-for sure, its gradient tells G about this detail at best, and no longer in which
-direction the real images lie.
+G never sees a real image. Everything it learns comes through D. A fake is an input of
+D, and backpropagation can compute a gradient for each pixel of an input, just as for
+each weight. This gradient tells whether D's logit would grow if the pixel were
+brighter. A fake is also the output of G, so backpropagation goes on from its pixels to
+the weights of G.
 
-What you will see in the grids of images, in the printed lines and in losses.png:
+Why should this end in good images? Suppose that three real images and one fake look so
+much alike that D cannot tell them apart. Then D has to give the same p to all four. Its
+loss for them, -3 log p - log(1 - p), is smallest for p = 3/4. For two real images and
+two fakes, p = 1/2 would be best. So D's logit is large for a kind of image of which
+there are too few fakes, and small for a kind of which there are too many. G changes its
+fakes so that the logit grows, and so they move from the second kind to the first. If in
+the end each kind had as many fakes as real images, D could only guess: p would be 0.5
+for all images, loss_g would be -log 0.5 = 0.69, and loss_d twice that, 1.39.
 
-- In a healthy run the grids get better and better, but the losses soon move little, as
-  both networks improve at the same time. A loss only tells who is ahead. A better guide
-  is coverage, the share of real images that have a fake close by. It rises from 0 to
-  0.97, which is also what other real digits in place of the fakes would score. With
-  --toy it begins to rise after about ten epochs.
-- Mode collapse: G draws only a few different images, whatever z is. Nothing in loss_g
-  asks for variety. The losses may look healthy, but the grid repeats itself, and
-  coverage stays low. If it is below 0.2 in the second half of a run, the printed line
-  warns.
-- D has won: whatever G tries, D recognises its fakes. loss_d falls towards 0, loss_g
-  grows, and the grids stop improving.
+In practice D always finds some difference, so loss_d ends a little lower. And two
+things can go wrong:
+
+- Mode collapse: G draws only a few different images, whatever z is. While G learns, D
+  stays as it is, and loss_g is smallest if all fakes become the one image that D likes
+  best. D can only answer later, when it has learned that most images of this kind are
+  fakes.
+- D has won: D recognises all fakes for sure, by some small detail. Its gradient then
+  tells G at most how to change this detail, and nothing about larger faults. loss_d
+  falls towards 0, loss_g grows, and the images stop improving.
+
+How do you see whether a run goes well? Look in this order:
+
+1. At the grids, files of 64 fakes each: images/epoch_001.png and so on. They should get
+   better to the end. If one image is there again and again, G has collapsed.
+2. At coverage, which is printed after each epoch: the share of the real images that
+   have a fake close by. It rises from 0 to 0.97, which is also what other real digits
+   would score in place of the fakes. (With --toy it begins to rise after about ten
+   epochs.) If G has collapsed, it stays low. Below 0.2 in the second half of a run, the
+   script adds LOW COVERAGE. But a high coverage does not mean that images are sharp.
+3. At the losses. A loss only tells who is ahead. In a healthy run both soon move
+   little, as both networks improve at the same time.
 
     python gan_mnist.py --toy --out-dir runs/toy           # 2 to 3 minutes, no download
     python gan_mnist.py                                    # 9 minutes on two CPU cores
     python gan_mnist.py --model conv --out-dir runs/conv   # 9 minutes
     python gan_mnist.py --resume --out-dir runs/conv       # go on after Ctrl-C
-    python gan_mnist.py --generate 100                     # 100 digits of the MLP run
+    python gan_mnist.py --generate 100                     # after the second command
 
-To use the averaged generator elsewhere, copy this file, common.py and, from the folder
-models, generator.pth:
+The images are drawn by an average of G's last versions, as update_average() explains.
+This averaged generator is in models/generator.pth. To use it elsewhere, copy this file,
+common.py and generator.pth:
 
     import gan_mnist, torch
     generator = gan_mnist.MLPGenerator(latent_dim=100)  # ConvGenerator for --model conv
@@ -85,8 +100,8 @@ from torchvision.transforms import PILToTensor, RandomAffine, ToPILImage
 from common import init_weights, save_grid
 
 # ---- networks ------------------------------------------------------------------------
-# A comment beside a layer is the shape of its output for one image. All convolutions
-# have kernels of 4 x 4 pixels, a stride of 2 and a padding of 1.
+# A comment beside a layer is the shape of its output for one image; N is the number of
+# images in a batch. The pixels of all images are between -1 (black) and 1 (white).
 
 
 class MLPGenerator(nn.Sequential):
@@ -95,11 +110,12 @@ class MLPGenerator(nn.Sequential):
     def __init__(self, latent_dim=100):
         super().__init__(
             nn.Linear(latent_dim, 256),  # 256
-            # BatchNorm brings each of the 256 numbers to mean 0 and variance 1 over the
-            # batch, then scales and shifts it by two learned weights. So no layer gets
-            # numbers that are far too small or too large.
+            # BatchNorm brings each of the 256 outputs to mean 0 and variance 1 over the
+            # batch. Then it multiplies each one by a learned weight and adds another.
+            # So it is these two weights alone that decide how large the numbers are.
             nn.BatchNorm1d(256),
-            # LeakyReLU has a slope of 0.2 below 0, so that gradients pass there, too.
+            # LeakyReLU has a slope of 0.2 for numbers below 0. ReLU has a slope of 0
+            # there, and so it would let no gradient pass.
             nn.LeakyReLU(0.2),
             nn.Linear(256, 512),  # 512
             nn.BatchNorm1d(512),
@@ -108,7 +124,7 @@ class MLPGenerator(nn.Sequential):
             nn.BatchNorm1d(1024),
             nn.LeakyReLU(0.2),
             nn.Linear(1024, 784),  # 784
-            nn.Tanh(),  # 784, now between -1 (black) and 1 (white)
+            nn.Tanh(),  # 784, now between -1 and 1
             nn.Unflatten(1, (1, 28, 28)),  # 1 x 28 x 28
         )
 
@@ -118,8 +134,9 @@ class MLPDiscriminator(nn.Sequential):
 
     def __init__(self):
         super().__init__(
-            # In training, dropout sets a random fifth of the pixels to 0 (grey) at each
-            # call of D. So D cannot rely on single pixels, and does not win early.
+            # In training, dropout sets about a fifth of the pixels to 0 (grey), others
+            # at each call of D. So D cannot recognise fakes by a few pixels, and that
+            # keeps it from winning early.
             nn.Dropout(0.2),  # 1 x 28 x 28
             nn.Flatten(),  # 784
             nn.Linear(784, 512),  # 512
@@ -131,17 +148,19 @@ class MLPDiscriminator(nn.Sequential):
 
 
 class ConvGenerator(nn.Sequential):
-    """Like MLPGenerator, by transposed convolutions that double height and width."""
+    """Convolutional: latent vectors N x latent_dim to N x 1 x 28 x 28 in [-1, 1]."""
 
     def __init__(self, latent_dim=100):
         super().__init__(
             nn.Linear(latent_dim, 512),  # 512
             nn.BatchNorm1d(512),
             nn.LeakyReLU(0.2),
-            nn.Linear(512, 3136),  # 3136
+            nn.Linear(512, 3136),  # 3136, which is 64 x 7 x 7
             nn.Unflatten(1, (64, 7, 7)),  # 64 x 7 x 7
             nn.BatchNorm2d(64),
             nn.LeakyReLU(0.2),
+            # With a kernel of 4 x 4, a stride of 2 and a padding of 1, a transposed
+            # convolution doubles height and width.
             nn.ConvTranspose2d(64, 32, 4, 2, 1),  # 32 x 14 x 14
             nn.BatchNorm2d(32),
             nn.LeakyReLU(0.2),
@@ -151,17 +170,18 @@ class ConvGenerator(nn.Sequential):
 
 
 class ConvDiscriminator(nn.Sequential):
-    """Like MLPDiscriminator, by convolutions that halve height and width."""
+    """Convolutional: images N x 1 x 28 x 28 in [-1, 1] to logits N x 1."""
 
     def __init__(self):
         super().__init__(
             nn.Dropout(0.5),  # 1 x 28 x 28
+            # With the same numbers, a convolution halves height and width.
             nn.Conv2d(1, 16, 4, 2, 1),  # 16 x 14 x 14
             nn.LeakyReLU(0.2),
             nn.Conv2d(16, 32, 4, 2, 1),  # 32 x 7 x 7
             nn.BatchNorm2d(32),
             nn.LeakyReLU(0.2),
-            nn.Flatten(),  # 1568
+            nn.Flatten(),  # 1568, which is 32 x 7 x 7
             nn.Linear(1568, 128),  # 128
             nn.LeakyReLU(0.2),
             nn.Linear(128, 1),  # 1
@@ -170,7 +190,8 @@ class ConvDiscriminator(nn.Sequential):
 
 GENERATORS = {"mlp": MLPGenerator, "conv": ConvGenerator}
 DISCRIMINATORS = {"mlp": MLPDiscriminator, "conv": ConvDiscriminator}
-# Default flags for each pair of networks, found by trying.
+# Default flags for each pair of networks, found by trying. lr is the learning rate;
+# train() explains beta1.
 RECIPES = {
     "mlp": {"epochs": 50, "lr": 2e-3, "beta1": 0.5},
     "conv": {"epochs": 16, "lr": 8e-3, "beta1": 0.0},
@@ -180,40 +201,43 @@ RECIPES = {
 
 
 def train_step(generator, discriminator, opt_g, opt_d, real, z):
-    """Updates D once, then G once. Returns both losses, as tensors without a graph.
+    """Updates D once, then G once. Returns both losses, as tensors.
 
     real: images N x 1 x 28 x 28 in [-1, 1]; z: latent vectors N x latent_dim.
     """
     fake = generator(z)
 
-    # (1) Update D: make loss_d = -log p(real) - log(1 - p(fake)) smaller. From a logit,
-    # bce() computes -log p if the label is 1, and -log(1 - p) if the label is 0, and
-    # takes the mean over the batch.
+    # (1) Update D: make loss_d = -log p(real) - log(1 - p(fake)) smaller.
     #
-    # Real images and fakes go through D in two calls, because in (2) D is shown fakes
-    # alone. BatchNorm, if D has it, makes the answers depend on the whole batch.
+    # Why two calls of D, and not one for all images? BatchNorm in D (of --model conv)
+    # uses the mean of the batch. In (2) D is shown a batch of fakes alone. Its answers
+    # there are those that it has learned here only if fakes are by themselves here,
+    # too.
     real_logits = discriminator(real)
     # This update is for D alone, so detach() separates the fakes from G. Without it,
-    # loss_d.backward() would also run through G and free its graph, and
-    # loss_g.backward() below would raise a RuntimeError.
+    # loss_d.backward() would go on into G. There it would also free what G has stored
+    # for backpropagation, and loss_g.backward() below would raise a RuntimeError.
     fake_logits = discriminator(fake.detach())
+    # bce(), the binary cross-entropy, takes logits and labels. Where the label is 1 it
+    # computes -log p, and where it is 0, -log(1 - p). Then it takes the mean.
     ones = torch.ones_like(real_logits)
     loss_d = bce(real_logits, ones) + bce(fake_logits, torch.zeros_like(fake_logits))
     opt_d.zero_grad()
     loss_d.backward()
     opt_d.step()
 
-    # (2) Update G: make loss_g = -log p(fake) smaller. Why not log(1 - p(fake)), which
-    # also falls as p(fake) rises? Look at the slopes in the logit. log(1 - p) has the
-    # slope -p, almost 0 for a fake that D recognises: G would learn least from its
-    # worst fakes. This is called saturation. But -log p has the slope p - 1, which is
-    # almost -1 for such a fake.
+    # (2) Update G: make loss_g = -log p(fake) smaller.
     #
-    # D is frozen: gradients still flow through it to the fakes and on to G, but none
-    # are collected for D's own weights, which saves time.
+    # D's weights are frozen. Gradients still flow through D to the fakes and on to G,
+    # but none are computed for D's own weights, which saves time.
     discriminator.requires_grad_(False)
     new_fake_logits = discriminator(fake)  # once more, as D has changed in (1)
-    loss_g = bce(new_fake_logits, ones)  # label 1, although these are fakes: -log p
+    # The label is 1, although these are fakes, because bce() then computes -log p. Why
+    # not use log(1 - p), which also falls as p rises? Compare the derivatives with
+    # respect to the logit. That of log(1 - p) is -p, which is almost 0 for a fake that
+    # D recognises: G would learn least from its worst fakes. (This is called
+    # saturation.) That of -log p is p - 1, which is almost -1 for such a fake.
+    loss_g = bce(new_fake_logits, ones)
     opt_g.zero_grad()
     loss_g.backward()
     opt_g.step()
@@ -230,29 +254,30 @@ def update_average(average, generator, step):
     gives better images (Yazici et al. 2019). All our images are drawn by this averaged
     generator. step: the number of updates so far, from 1.
     """
-    # The average keeps the share `keep` of itself. At first this share is small, so
-    # that the untrained weights are soon forgotten. After 4,500 steps it is 0.998, and
-    # from then on the average is taken over about the last 500 steps.
+    # The new average is keep * average + (1 - keep) * generator. At first keep is
+    # small, so that the untrained weights are soon forgotten. After 4,500 steps it is
+    # 0.998, and from then on the average spans about the last 500 steps.
     keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
     for name, value in average.state_dict().items():
         if value.is_floating_point():  # BatchNorm also has a counter, a whole number
-            # In place, value becomes keep * value + (1 - keep) * new[name].
-            value.lerp_(new[name], 1 - keep)
+            value.lerp_(new[name], 1 - keep)  # changes the average itself, in place
 
 
 def coverage(real, fake):
     """Returns the share of the real images that are covered, between 0 and 1.
 
-    A real image A is covered if at least one fake is closer to A than the fifth-closest
-    other real image is (Naeem et al. 2020). Both are N x C x H x W, and are compared
-    pixel by pixel. Coverage notices what is missing. It does not notice blur (blurred
-    fakes score high), copies of the real images, or bad fakes if there are good ones.
+    Around each real image, think of a circle that reaches to its fifth-closest other
+    real image. The image is covered if at least one fake lies within its circle (Naeem
+    et al. 2020). real and fake are N x C x H x W, and are compared pixel by pixel.
+
+    Coverage notices what is missing. It does not notice blur: blurred fakes score high.
+    Copies of the real images score high, too.
     """
     real = real.flatten(1)
     # The 6th smallest distance, as the smallest is from an image to itself.
-    radius = torch.cdist(real, real).kthvalue(6).values
-    nearest_fake = torch.cdist(real, fake.flatten(1)).amin(1)
+    radius = torch.cdist(real, real).kthvalue(6).values  # one for each real image
+    nearest_fake = torch.cdist(real, fake.flatten(1)).amin(1)  # its distance
     return (nearest_fake < radius).float().mean().item()
 
 
@@ -260,15 +285,15 @@ MIN_EPOCH_STEPS = 100
 
 
 def train_epoch(args, epoch, data, generator, discriminator, average, opt_g, opt_d):
-    """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
+    """Trains for one epoch. Returns the mean of each loss, and the epoch's time."""
     start = time.perf_counter()
     # With this seed, a resumed run draws the same random numbers in this epoch as a run
     # that was never stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
-    # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
-    # there are many images, repeats is 1. If there are few, several numbers stand for
-    # each image: the remainder after the division by len(data) is the image's index. Of
-    # 300 images, the numbers 7, 307, 607 and so on all stand for image 7.
+    # An epoch shows each image once, or several times if there are so few images that
+    # it would have less than MIN_EPOCH_STEPS updates. For 300 images and 2 repeats,
+    # randperm() shuffles the numbers from 0 to 599. Divided by 300, both 7 and 307
+    # leave the remainder 7, so each image is there twice.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
@@ -304,9 +329,10 @@ def train(args, device, data, checkpoint):
     generator = GENERATORS[args.model](args.latent_dim).apply(init_weights).to(device)
     discriminator = DISCRIMINATORS[args.model]().apply(init_weights).to(device)
     average = copy.deepcopy(generator)
-    # With Adam's usual beta1 of 0.9, momentum averages about ten past gradients. The
-    # other network has changed after these were computed, so old ones mislead. beta1 is
-    # therefore 0.5 or 0 here. (fused=True computes the same in less time.)
+    # Adam steps along a mean of past gradients, its momentum. With the usual beta1 of
+    # 0.9 the mean spans about ten updates. But the other network has changed since
+    # then, so old gradients mislead, and beta1 is 0.5 or 0 here. (fused=True saves
+    # time.)
     opt_g, opt_d = (
         Adam(network.parameters(), args.lr, (args.beta1, 0.999), fused=True)
         for network in (generator, discriminator)
@@ -324,7 +350,8 @@ def train(args, device, data, checkpoint):
             run[name].load_state_dict(checkpoint[name])
     save_checkpoint(args, run, history)  # if this is impossible, we know it now
 
-    # All grids are drawn from the same latent vectors, so that they can be compared.
+    # All epochs use the same latent vectors, so that their grids can be compared. A
+    # grid shows the first 64 fakes, and coverage is measured on 1,000.
     fixed_z = torch.randn(1000, args.latent_dim)
     real_images = data[torch.randperm(len(data))[:1000]] / 127.5 - 1
     if not history:
@@ -363,17 +390,18 @@ def sample(generator, z):
 def generate(args, device, checkpoint):
     """Writes args.generate images, a grid of 64 others and a latent walk.
 
-    Returns the folder of the images: generated, or generated_2 and so on if there is
-    one already.
+    Returns the folder of the images. It is named generated, or generated_2 and so on if
+    this run has generated images before.
     """
     generator = GENERATORS[args.model](args.latent_dim).to(device)
     generator.load_state_dict(checkpoint["average"])
     torch.manual_seed(args.seed)
     grid = sample(generator, torch.randn(64, args.latent_dim))
 
-    # Each row of the latent walk leads from one z to another on a quarter circle. As
-    # cos^2 + sin^2 = 1, each z between them is again normal with variance 1, as in
-    # training. Halfway on a straight line, the variance would be only 1/2.
+    # Each row of the latent walk leads from z1 to z2. In training, each number of z has
+    # the variance 1, and so it should be on the way. z1 and z2 are independent, so a *
+    # z1 + b * z2 has the variance a^2 + b^2. This is 1 if a is a cosine and b a sine.
+    # (Halfway on a straight line, a and b are 1/2, and the variance is only 1/2.)
     z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
     angle = torch.linspace(0, math.pi / 2, 10)[:, None]
     walk = z1 * angle.cos() + z2 * angle.sin()  # 8 rows x 10 columns x latent_dim
@@ -488,8 +516,9 @@ def plot_history(history, path):
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     # If D only guesses, p is 0.5: -2 log 0.5 is 1.386, and -log 0.5 is 0.693.
-    left.axhline(1.386, color="C0", linestyle="--", label="loss_d if D only guesses")
-    left.axhline(0.693, color="C1", linestyle="--", label="loss_g if D only guesses")
+    left.set_title("dashed: the losses if D only guessed")
+    left.axhline(1.386, color="C0", linestyle="--")
+    left.axhline(0.693, color="C1", linestyle="--")
     right.set_ylim(0, 1)
     for name, axes in (("loss_d", left), ("loss_g", left), ("coverage", right)):
         values = [None] + [row[name] for row in history]  # there is no epoch 0

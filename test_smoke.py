@@ -625,7 +625,7 @@ class CelebaTest(Bf16Tests, Script, Folder):
     grids = dict.fromkeys(variants, (8, 8))
     mirrored, r1, fakes, compared = ("plain",), 0.05, 2000, 19
     kept, data_file = "--image-size 64", "img_align_celeba.zip"
-    bad_flags = ("--image-size 100",)
+    bad_flags = ("--image-size 100", "--toy --images .")
     files = f"{Script.files} images/nearest.png"
 
     def setUp(self):
@@ -746,7 +746,7 @@ class CelebaTest(Bf16Tests, Script, Folder):
         assert not list(self.data.iterdir())
 
     def test_folders_that_cannot_be_learned_from_are_refused_by_name(self):
-        assert f"{self.mine} is no folder" in self.train_on_mine("--toy", code=1)
+        assert f"{self.mine} is no folder" in self.train_on_mine(code=1)
         self.mine.mkdir()
         (self.mine / "a.heic").touch()
         assert "HEIC" in self.train_on_mine(code=1)
