@@ -214,7 +214,7 @@ class Discriminator(nn.Sequential):
 
 
 def train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16):
-    """Updates D once, then G once. Returns the numbers of the step, without a graph.
+    """Updates D once, then G once. Returns the numbers of this step, as tensors.
 
     real: images N x 3 x size x size in [-1, 1]; z: latent vectors N x latent_dim. With
     r1=True D also learns from R1. With bf16=True convolutions are computed in bfloat16.
@@ -273,15 +273,14 @@ def r1_penalty(discriminator, real):
 
 def update_average(average, generator, step):
     """Moves each weight of the averaged generator a little towards the generator's."""
-    # The average keeps the share `keep` of itself. At first this share is small, so
-    # that the untrained weights are soon forgotten. After 4,500 steps it is 0.998, and
-    # from then on the average is taken over about the last 500 steps.
+    # The new average is keep * average + (1 - keep) * generator. At first keep is
+    # small, so that the untrained weights are soon forgotten. After 4,500 steps it is
+    # 0.998, and from then on the average spans about the last 500 steps.
     keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
     for name, value in average.state_dict().items():
         if value.is_floating_point():  # BatchNorm also has a counter, a whole number
-            # In place, value becomes keep * value + (1 - keep) * new[name].
-            value.lerp_(new[name], 1 - keep)
+            value.lerp_(new[name], 1 - keep)  # changes the average itself, in place
 
 
 def thumbnails(images):
@@ -292,14 +291,14 @@ def thumbnails(images):
 def coverage(real, fake):
     """Returns the share of the real images that are covered, between 0 and 1.
 
-    A real image A is covered if at least one fake is closer to A than the fifth-closest
-    other real image is (Naeem et al. 2020). Both are N x C x H x W, and are compared as
-    thumbnails.
+    Around each real image, think of a circle that reaches to its fifth-closest other
+    real image. The image is covered if at least one fake lies within its circle (Naeem
+    et al. 2020). real and fake are N x C x H x W, and are compared as thumbnails.
     """
     real = thumbnails(real)
     # The 6th smallest distance, as the smallest is from an image to itself.
-    radius = torch.cdist(real, real).kthvalue(6).values
-    nearest_fake = torch.cdist(real, thumbnails(fake)).amin(1)
+    radius = torch.cdist(real, real).kthvalue(6).values  # one for each real image
+    nearest_fake = torch.cdist(real, thumbnails(fake)).amin(1)  # its distance
     return (nearest_fake < radius).float().mean().item()
 
 
@@ -354,15 +353,15 @@ MIN_EPOCH_STEPS = 100
 def train_epoch(
     args, epoch, device, bf16, data, generator, discriminator, average, opt_g, opt_d
 ):
-    """Trains for one epoch. Returns its means of train_step's numbers, and the time."""
+    """Trains for one epoch. Returns the means of the steps' numbers, and the time."""
     start = time.perf_counter()
     # With this seed, a resumed run draws the same random numbers in this epoch as a run
     # that was never stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
-    # An epoch repeats the images until it has at least MIN_EPOCH_STEPS updates. If
-    # there are many images, repeats is 1. If there are few, several numbers stand for
-    # each image: the remainder after the division by len(data) is the image's index. Of
-    # 300 images, the numbers 7, 307, 607 and so on all stand for image 7.
+    # An epoch shows each image once, or several times if there are so few images that
+    # it would have less than MIN_EPOCH_STEPS updates. For 300 images and 2 repeats,
+    # randperm() shuffles the numbers from 0 to 599. Divided by 300, both 7 and 307
+    # leave the remainder 7, so each image is there twice.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data)) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
@@ -500,16 +499,15 @@ def sample(generator, z):
 def generate(args, device, checkpoint):
     """Writes args.generate images, a grid of 64 others and a latent walk.
 
-    Returns the folder of the images: generated, or generated_2 and so on if there is
-    one already.
+    Returns the folder of the images. It is named generated, or generated_2 and so on if
+    this run has generated images before.
     """
     generator = Generator(args.latent_dim, args.image_size).to(device)
     generator.load_state_dict(checkpoint["average"])
     torch.manual_seed(args.seed)
     grid = sample(generator, torch.randn(64, args.latent_dim))
 
-    # As in gan_mnist.py, each row of the latent walk leads from one z to another on a
-    # quarter circle.
+    # As in gan_mnist.py, each row of the latent walk leads from z1 to z2.
     z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
     angle = torch.linspace(0, math.pi / 2, 8)[:, None]
     walk = z1 * angle.cos() + z2 * angle.sin()  # 8 rows x 8 columns x latent_dim

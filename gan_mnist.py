@@ -285,7 +285,7 @@ MIN_EPOCH_STEPS = 100
 
 
 def train_epoch(args, epoch, data, generator, discriminator, average, opt_g, opt_d):
-    """Trains for one epoch. Returns the mean of each loss, and the epoch's time."""
+    """Trains for one epoch. Returns the mean of each loss, and the time."""
     start = time.perf_counter()
     # With this seed, a resumed run draws the same random numbers in this epoch as a run
     # that was never stopped.
