@@ -37,10 +37,10 @@ times are for 64 x 64 pixels on two cores of an Intel Xeon of 2023, with bfloat1
 an update takes 0.15 seconds:
 
                   images   updates in an epoch   an epoch takes
+                     100                   100             15 s
                      300                   112             17 s
                    1,000                   125             19 s
-                   5,000                   312             47 s
-                  23,707                 1,481            4 min
+                  10,000                   625             94 s
         CelebA:  202,599                12,662           32 min
 
 A GPU computes many images at once, and batches of 16 waste its time: for 512 images an
@@ -107,8 +107,8 @@ now jumps up again, so the images may get worse for a while.
 
 The last command is for two GPUs: each of them computes half of every batch.
 
-To use the averaged generator elsewhere, copy this file, common.py and, from the folder
-models, generator.pth:
+To use the averaged generator elsewhere, copy this file, common.py and, from the run's
+folder models, generator.pth:
 
     import dcgan_celeba, torch
     generator = dcgan_celeba.Generator(latent_dim=100, size=64)  # size: --image-size

@@ -91,8 +91,8 @@ a high one means little.
     python dcgan_cifar10.py --conditional --out-dir runs/cifar_classes  # class by class
     python dcgan_cifar10.py --toy --out-dir runs/cifar_toy              # no download
 
-To use the averaged generator elsewhere, copy this file, common.py and, from the folder
-models, generator.pth:
+To use the averaged generator elsewhere, copy this file, common.py and, from the run's
+folder models, generator.pth:
 
     import dcgan_cifar10, torch
     generator = dcgan_cifar10.Generator(latent_dim=100)

@@ -44,8 +44,7 @@ Look at the grids first, then at coverage, then at the copy ratio, at the losses
   how D's logit changes when the pixels of a fake change, and not from whether it is
   above 0.
 - Collapsed: D learns only once while G learns 20 times. Meanwhile G moves all its
-  images to whatever D likes at that moment, as nothing in loss_g asks for different
-  images. The losses are those of a D that only guesses. This is also how a perfect game
+  images to whatever D likes at that moment. The losses are those of a D that only guesses. This is also how a perfect game
   would end, so the losses do not show the failure. (D hardly changes in so few updates:
   p is near 0.5 for all images, and mostly a little below it. So accuracies and fool
   rate mean little.) But the grid repeats a few smudges, and coverage is 0.11. A run of
@@ -65,8 +64,8 @@ Look at the grids first, then at coverage, then at the copy ratio, at the losses
     python gan_fashion.py --conditional --out-dir runs/classes     # one row per class
     python gan_fashion.py --toy --out-dir runs/fashion_toy         # with no download
 
-To use the averaged generator elsewhere, copy this file, common.py and, from the folder
-models, generator.pth:
+To use the averaged generator elsewhere, copy this file, common.py and, from the run's
+folder models, generator.pth:
 
     import gan_fashion, torch
     generator = gan_fashion.Generator(latent_dim=100)
