@@ -44,8 +44,8 @@ Look at the grids first, then at coverage, then at the copy ratio, at the losses
   how D's logit changes when the pixels of a fake change, and not from whether it is
   above 0.
 - Collapsed: D learns only once while G learns 20 times. Meanwhile G moves all its
-  images to whatever D likes at that moment. The losses are those
-  of a D that only guesses. This is also how a perfect game would end, so the losses do
+  images to whatever D likes at that moment. The losses are those of a D that only
+  guesses. This is also how a perfect game would end, so the losses do
   not show the failure. (D hardly changes in so few updates: p is near 0.5 for all
   images, and mostly a little below it. So accuracies and fool rate mean little.) But
   the grid repeats a few smudges, and coverage is 0.11. A run of 2 epochs with
