@@ -255,7 +255,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16):
 
 
 R1_INTERVAL = 16  # R1 is computed at every 16th update only, as it is slow
-R1_WEIGHT = 0.05 * R1_INTERVAL  # and so it is multiplied by 16
+R1_WEIGHT = 0.05 * R1_INTERVAL  # 16 times as large, to make up for it
 
 
 def r1_penalty(discriminator, real):
@@ -272,10 +272,11 @@ def r1_penalty(discriminator, real):
 
 
 def update_average(average, generator, step):
-    """Moves each weight of the averaged generator a little towards the generator's."""
+    """Moves each weight of the averaged generator towards the generator's."""
     # The new average is keep * average + (1 - keep) * generator. At first keep is
     # small, so that the untrained weights are soon forgotten. After 4,500 steps it is
-    # 0.998, and from then on the average spans about the last 500 steps.
+    # 0.998, and from then on the average spans about the last 1 / (1 - 0.998) = 500
+    # steps.
     keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
     for name, value in average.state_dict().items():
@@ -359,9 +360,9 @@ def train_epoch(
     # that was never stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
     # An epoch shows each image once, or several times if there are so few images that
-    # it would have less than MIN_EPOCH_STEPS updates. For 300 images and 2 repeats,
-    # randperm() shuffles the numbers from 0 to 599. Divided by 300, both 7 and 307
-    # leave the remainder 7, so each image is there twice.
+    # it would have less than MIN_EPOCH_STEPS updates. For 800 images there are 2
+    # repeats. randperm() shuffles the numbers from 0 to 1,599. Divided by 800, both 7
+    # and 807 leave the remainder 7, so image 7 is there twice.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data)) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
@@ -464,7 +465,8 @@ def train(args, device, bf16, data, checkpoint):
             save_checkpoint(args, run, history)
         print_epoch(args, row)
 
-    # The last fakes once more, as perhaps no epoch was left to train.
+    # Draws the last fakes again. If a finished run is resumed, the loop above does
+    # nothing, so there are none yet.
     fakes = sample(average, fixed_z)
     training = torch.cat(  # in parts: all at once could take too much memory
         [thumbnails(part / 127.5 - 1) for part in data.split(100)]
@@ -497,10 +499,10 @@ def sample(generator, z):
 
 
 def generate(args, device, checkpoint):
-    """Writes args.generate images, a grid of 64 others and a latent walk.
+    """Writes args.generate images, and besides them a grid of 64 and a latent walk.
 
-    Returns the folder of the images. It is named generated, or generated_2 and so on if
-    this run has generated images before.
+    Another --seed gives other images. Returns the folder of the images: it is named
+    generated, or generated_2 and so on if this run has generated images before.
     """
     generator = Generator(args.latent_dim, args.image_size).to(device)
     generator.load_state_dict(checkpoint["average"])

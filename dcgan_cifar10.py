@@ -229,7 +229,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, labels, z, r1, bf16
 
 
 R1_INTERVAL = 16  # R1 is computed at every 16th update only, as it is slow
-R1_WEIGHT = 0.05 * R1_INTERVAL  # and so it is multiplied by 16
+R1_WEIGHT = 0.05 * R1_INTERVAL  # 16 times as large, to make up for it
 
 
 def r1_penalty(discriminator, real, labels):
@@ -248,10 +248,11 @@ def r1_penalty(discriminator, real, labels):
 
 
 def update_average(average, generator, step):
-    """Moves each weight of the averaged generator a little towards the generator's."""
+    """Moves each weight of the averaged generator towards the generator's."""
     # The new average is keep * average + (1 - keep) * generator. At first keep is
     # small, so that the untrained weights are soon forgotten. After 4,500 steps it is
-    # 0.998, and from then on the average spans about the last 500 steps.
+    # 0.998, and from then on the average spans about the last 1 / (1 - 0.998) = 500
+    # steps.
     keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
     for name, value in average.state_dict().items():
@@ -285,9 +286,9 @@ def train_epoch(
     # that was never stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
     # An epoch shows each image once, or several times if there are so few images that
-    # it would have less than MIN_EPOCH_STEPS updates. For 300 images and 2 repeats,
-    # randperm() shuffles the numbers from 0 to 599. Divided by 300, both 7 and 307
-    # leave the remainder 7, so each image is there twice.
+    # it would have less than MIN_EPOCH_STEPS updates. For 3,200 images there are 2
+    # repeats. randperm() shuffles the numbers from 0 to 6,399. Divided by 3,200, both 7
+    # and 3,207 leave the remainder 7, so image 7 is there twice.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
@@ -407,24 +408,26 @@ LETTERS = "AHIMOTUVWX"  # the classes of --toy; a mirror does not change them
 
 
 def generate(args, device, checkpoint):
-    """Writes args.generate images, a grid of others and a latent walk.
+    """Writes args.generate images, and besides them a grid and a latent walk.
 
-    Returns the folder of the images. It is named generated, or generated_2 and so on if
-    this run has generated images before.
+    With --conditional the images are of each class in turn, in a folder for each class,
+    and a row of the grid or of the walk is of one class. Another --seed gives other
+    images. Returns the folder of the images: it is named generated, or generated_2 and
+    so on if this run has generated images before.
     """
     generator = Generator(args.latent_dim).to(device)
     generator.load_state_dict(checkpoint["average"])
     torch.manual_seed(args.seed)
     classes = 10 if args.conditional else 1
-    rows = torch.arange(80) // 8 % classes  # one class per row
-    grid = sample(generator, torch.randn(80, args.latent_dim), rows)
+    row_labels = torch.arange(80) // 8 % classes  # one class per row
+    grid = sample(generator, torch.randn(80, args.latent_dim), row_labels)
 
     # As in gan_mnist.py, each row of the latent walk leads from z1 to z2. With
     # --conditional, each row is of another class.
     z1, z2 = torch.randn(2, 10, 1, args.latent_dim)
     angle = torch.linspace(0, math.pi / 2, 8)[:, None]
     walk = z1 * angle.cos() + z2 * angle.sin()  # 10 rows x 8 columns x latent_dim
-    walk = sample(generator, walk.flatten(0, 1), rows)
+    walk = sample(generator, walk.flatten(0, 1), row_labels)
 
     suffix = ""
     number = 1

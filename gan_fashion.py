@@ -2,29 +2,29 @@
 
 Read gan_mnist.py first: the networks resemble its convolutional pair. New here are:
 
-- numbers that tell whether D or G is ahead, and whether G copies its training images;
-- R1, a second loss of D that helps to keep the game even. The docstring of r1_penalty
-  explains it. As it holds D back, D has no dropout here;
+- numbers that tell how far D is ahead, and whether G copies its training images;
+- R1, a second loss of D, which keeps its gradient useful. The docstring of r1_penalty
+  explains it. R1 also holds D back, so D has no dropout here;
 - images of a class that you choose (--conditional).
 
 The new numbers of the printed line are about D's decisions. D takes an image for real
 if p is above 0.5, that is, if its logit is above 0.
 
-- acc_real is the share of the real images that D takes for real.
-- acc_fake is the share of the fakes that D does not take for real.
-- fool_rate is the share of the same fakes that D takes for real after its update. (The
-  two others are from before it. So a healthy fool rate is a little below 1 - acc_fake.)
+- acc_real is the share of the real images that D takes for real, before its update.
+- acc_fake is the share of the fakes that D takes for fakes, before its update.
+- fool_rate is the share of the same fakes that D takes for real after its update. If it
+  is 0.00, D is far ahead.
 
-Coverage is measured with 1,000 test images here, on which neither network is trained.
-As before, it is the share of them that have a fake close by, compared pixel by pixel.
-1,000 training images in place of the fakes score 0.98.
+Test images are real images on which neither network is trained. Coverage is measured
+with 1,000 of them here. As before, it is the share of them that have a fake close by,
+compared pixel by pixel. 1,000 training images in place of the fakes score 0.98.
 
 At the end of a run the copy ratio is printed. It tells whether G just copies. First we
 measure how far each fake is from the training image that is nearest to it, and take the
 median. Then we do the same with test images in place of the fakes. The copy ratio is
-the first median divided by the second. Near 1, fakes are as new as test images. Exact
-copies would give 0, and the noisy copies below give 0.51. Well above 1, the fakes do
-not even resemble clothes. (A median does not notice if only a few fakes are copies.)
+the first median divided by the second. If it is near 1, fakes differ from the training
+images as much as test images do. Exact copies would give 0, and noisy copies give more.
+(A median does not notice if only a few fakes are copies.)
 
 Here are the numbers of the last epoch of a healthy run, and of three runs that went
 wrong on purpose. The first five are means over the epoch. Coverage and the copy ratio
@@ -36,27 +36,29 @@ are those of the averaged generator, which also draws the grids.
     D has won     0.25    2.49      0.99      1.00       0.00      0.01        2.24
     copies        0.26    2.99      1.00      0.99       0.00      0.52        0.51
 
-Look at the grids first, then at coverage, then at the copy ratio, at the losses last.
+Look at the grids first, then at coverage, then at the copy ratio. The other numbers
+help to understand what happened.
 
 - Healthy: the grid shows different clothes, coverage is high, and the copy ratio is
-  near 1. D is right about most images, but it is not sure: loss_d is closer to 1.39,
-  where D only guesses, than to 0. The fool rate of 0.15 is no bad sign: G learns from
-  how D's logit changes when the pixels of a fake change, and not from whether it is
-  above 0.
+  near 1. D is ahead: it is right about most images. But it is not sure, as loss_d is
+  closer to 1.39, where D only guesses, than to 0. A fool rate of 0.15 is no bad sign. A
+  fake need not fool D to be useful: what G learns from is how D's logit changes when
+  the pixels of the fake change.
 - Collapsed: D learns only once while G learns 20 times. Meanwhile G moves all its
-  images to whatever D likes at that moment. The losses are those of a D that only
-  guesses. This is also how a perfect game would end, so the losses do
-  not show the failure. (D hardly changes in so few updates: p is near 0.5 for all
-  images, and mostly a little below it. So accuracies and fool rate mean little.) But
-  the grid repeats a few smudges, and coverage is 0.11. A run of 2 epochs with
-  --g-steps 1 ends with a coverage of 0.98.
-- D has won: D is right about nearly all images, and sure of it. The grid shows
-  blotches, and coverage is near 0. Momentum (see train in gan_mnist.py) and a learning
-  rate of 0.01 instead of 0.002 brought this about.
-- Copies: there are only 30 training images, and D knows them by heart. The first five
-  numbers look as if D had won. But the grid shows clothes, and the copy ratio tells
-  that they are noisy copies of the 30. images/nearest.png shows each fake above the
-  training image that is nearest to it.
+  images to whatever D likes at that moment. The grid repeats a few smudges, and
+  coverage is 0.11. (After 2 epochs with --g-steps 1 it is 0.98.) The losses do not show
+  the failure: they are those of a D that only guesses, and a perfect game would end in
+  the same way. The accuracies do not show it, either. D has learned so little that it
+  gives all images a p near 0.5, and to most a p a little below. So it calls nearly all
+  of them fakes. This alone makes acc_real low and acc_fake high.
+- D has won: D is right about nearly all images, and sure of it. The grid shows blots,
+  and coverage is near 0. We brought this about by --beta1 0.9, which means more
+  momentum (see train in gan_mnist.py), and by a learning rate of 0.01 instead of 0.002.
+- Copies: there are only 30 training images, and D knows them by heart. So its logit is
+  high only at these 30, and its gradient leads G to them, although G never sees them.
+  The first five numbers look as if D had won. But the grid shows clothes, and the copy
+  ratio tells that they are noisy copies. In images/nearest.png you can compare 16 fakes
+  with the training images that are nearest to them.
 
     python gan_fashion.py                                          # healthy, 9 minutes
     python gan_fashion.py --g-steps 20 --epochs 2 --out-dir runs/collapsed
@@ -150,11 +152,11 @@ class Discriminator(nn.Sequential):
         )
 
     def forward(self, x, labels):
-        # gather() takes, of the ten logits of each image, the one of its class.
-        # (Without --conditional all labels are 0.) So logit k learns from real images
-        # of class k, and from fakes that G drew for label k. Label 3 means a dress. If
-        # G draws a boot for it, logit 3 becomes low for this boot, as none of the real
-        # images with label 3 is a boot.
+        # D has ten logits for each image, and gather() keeps only that of its label. So
+        # logit k learns from real images of class k, and from fakes that G drew for
+        # label k. Class 3 is dresses. If G draws a boot for label 3, logit 3 becomes
+        # low for this boot, as none of the real images of class 3 is a boot. (Without
+        # --conditional all labels are 0, and only logit 0 is used.)
         return super().forward(x).gather(1, labels[:, None])
 
 
@@ -202,51 +204,52 @@ def train_step(generator, discriminator, opt_g, opt_d, real, labels, z, train_d,
 
 
 R1_INTERVAL = 16  # R1 is computed at every 16th update only, as it is slow
-R1_WEIGHT = 0.25 * R1_INTERVAL  # and so it is multiplied by 16
+R1_WEIGHT = 0.25 * R1_INTERVAL  # 16 times as large, to make up for it
 
 
 def r1_penalty(discriminator, real, labels):
     """Returns R1_WEIGHT times the mean squared length of the gradient of D's logit.
 
-    R1 (Mescheder et al. 2018) is a second loss for D. For each real image it asks how
-    D's logit would change if a pixel changed a little. These numbers, one for each
-    pixel, are the gradient of the logit with respect to the image. Its squared length
-    is the sum of their squares. R1 is the mean of the squared lengths, times a weight.
+    R1 (Mescheder et al. 2018) is a second loss for D. Take a real image. For each pixel
+    we ask how D's logit would change if this pixel changed a little. We square these
+    numbers and add them. R1 is the mean of this sum over real images, times a weight.
+    It is large if small changes of real images change D's logit much.
 
     Why does this help G? Without R1, D can tell fakes from real images by fine patterns
     of pixels that nobody would see: a tiny change of such a pattern makes D sure. Then
-    D's gradient asks G more for other patterns, and less for better clothes. With R1,
-    it costs D too much to be so sensitive. No tiny change can move its logit much, but
-    a large one, such as a missing sleeve, still can. R1 is measured at real images
+    D's gradient mostly asks G for other patterns, and hardly for better clothes. With
+    R1, it costs D too much to be so sensitive. No tiny change can move its logit much,
+    but a large one, such as a missing sleeve, still can. R1 is measured at real images
     only. But the same layers look at fakes, so D becomes less sensitive there, too.
 
-    Try it: set R1_WEIGHT to 0 and train again. D then gets further ahead: after 10
-    epochs loss_d is 0.44 instead of 1.15, and the fool rate 0.05 instead of 0.15. The
-    gradient has a length of about 10 instead of 0.6, at real images and at fakes alike.
-    More of the clothes in the grid are torn or smeared. (Coverage hardly notices: it is
-    0.95 instead of 0.97.)
+    Try it: set R1_WEIGHT to 0, and train with another --out-dir. Then more of the
+    clothes in the grid are torn or smeared, and D gets further ahead: after 10 epochs
+    loss_d is 0.44 instead of 1.15, and the fool rate 0.05 instead of 0.15. We also
+    measured how long D's gradient is, at real images and at fakes alike: about 10
+    without R1, and 0.6 with it. (Coverage hardly notices: it is 0.95 instead of 0.97.)
 
-    To save time, R1 is computed for half of the batch only, and not at every update
-    (lazy regularization, Karras et al. 2020). The weight of 0.25, which is multiplied
-    by 16 above, was found by trying.
+    R1 takes time, because a gradient has to be differentiated once more. So it is
+    computed for half of the batch only, and at every 16th update of D (lazy
+    regularization, Karras et al. 2020). The weight of 0.25 was found by trying.
     """
     half = len(real) // 2
-    real = real[:half].requires_grad_()
+    real = real[:half].requires_grad_()  # so that gradients for pixels can be computed
     logits = discriminator(real, labels[:half])
-    # Row i of the gradient of the sum of all logits is the gradient of logit i at image
-    # i, as no other logit depends on image i. (This is not quite so here: through
-    # BatchNorm it also changes the others a little, and row i contains these changes as
-    # well. In the paper D has no BatchNorm.)
-    # create_graph=True lets backward() differentiate this gradient once more.
+    # We need a gradient for each image, by a single call. So we differentiate the sum
+    # of all logits. An image changes only its own logit in this sum, so what we get for
+    # its pixels is the gradient of this logit. (In fact BatchNorm mixes the images of a
+    # batch a little. In the paper D has no BatchNorm.) With create_graph=True,
+    # backward() can then compute how R1 depends on D's weights.
     (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return R1_WEIGHT * gradient.square().sum() / half
 
 
 def update_average(average, generator, step):
-    """Moves each weight of the averaged generator a little towards the generator's."""
+    """Moves each weight of the averaged generator towards the generator's."""
     # The new average is keep * average + (1 - keep) * generator. At first keep is
     # small, so that the untrained weights are soon forgotten. After 4,500 steps it is
-    # 0.998, and from then on the average spans about the last 500 steps.
+    # 0.998, and from then on the average spans about the last 1 / (1 - 0.998) = 500
+    # steps.
     keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
     for name, value in average.state_dict().items():
@@ -286,8 +289,8 @@ def copy_ratio(fakes, held_out, training):
 
 
 def show_nearest(fakes, held_out, training, path):
-    """Saves a grid of five rows: fakes, their nearest training images, a gap, held-out
-    real images, and their nearest training images.
+    """Saves a grid of five rows: 16 fakes, their nearest training images, a gap, 16
+    held-out real images, and their nearest training images.
 
     Even a new image resembles its nearest training image. So compare the two upper rows
     with the two lower ones. If the upper two are much more alike, G copies.
@@ -312,9 +315,9 @@ def train_epoch(
     # that was never stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
     # An epoch shows each image once, or several times if there are so few images that
-    # it would have less than MIN_EPOCH_STEPS updates. For 300 images and 2 repeats,
-    # randperm() shuffles the numbers from 0 to 599. Divided by 300, both 7 and 307
-    # leave the remainder 7, so each image is there twice.
+    # it would have less than MIN_EPOCH_STEPS updates. For 3,200 images there are 2
+    # repeats. randperm() shuffles the numbers from 0 to 6,399. Divided by 3,200, both 7
+    # and 3,207 leave the remainder 7, so image 7 is there twice.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
@@ -397,7 +400,8 @@ def train(args, device, data, labels, held_out, checkpoint):
         save_checkpoint(args, run, history)
         print_epoch(args, row)
 
-    # The last fakes once more, as perhaps no epoch was left to train.
+    # Draws the last fakes again. If a finished run is resumed, the loop above does
+    # nothing, so there are none yet.
     fakes = sample(average, fixed_z, fixed_labels)
     training = data / 127.5 - 1
     show_nearest(fakes, held_out, training, f"{args.out_dir}/images/nearest.png")
@@ -424,24 +428,26 @@ CLASSES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".sp
 
 
 def generate(args, device, checkpoint):
-    """Writes args.generate images, a grid of others and a latent walk.
+    """Writes args.generate images, and besides them a grid and a latent walk.
 
-    Returns the folder of the images. It is named generated, or generated_2 and so on if
-    this run has generated images before.
+    With --conditional the images are of each class in turn, in a folder for each class,
+    and a row of the grid or of the walk is of one class. Another --seed gives other
+    images. Returns the folder of the images: it is named generated, or generated_2 and
+    so on if this run has generated images before.
     """
     generator = Generator(args.latent_dim).to(device)
     generator.load_state_dict(checkpoint["average"])
     torch.manual_seed(args.seed)
     classes = 10 if args.conditional else 1
-    rows = torch.arange(100) // 10 % classes  # one class per row
-    grid = sample(generator, torch.randn(100, args.latent_dim), rows)
+    row_labels = torch.arange(100) // 10 % classes  # one class per row
+    grid = sample(generator, torch.randn(100, args.latent_dim), row_labels)
 
     # As in gan_mnist.py, each row of the latent walk leads from z1 to z2. With
     # --conditional, each row is of another class.
     z1, z2 = torch.randn(2, 10, 1, args.latent_dim)
     angle = torch.linspace(0, math.pi / 2, 10)[:, None]
     walk = z1 * angle.cos() + z2 * angle.sin()  # 10 rows x 10 columns x latent_dim
-    walk = sample(generator, walk.flatten(0, 1), rows)
+    walk = sample(generator, walk.flatten(0, 1), row_labels)
 
     suffix = ""
     number = 1

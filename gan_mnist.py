@@ -2,9 +2,9 @@
 
 Two neural networks play against each other. The generator G turns a list of random
 numbers, the latent vector z, into an image. The discriminator D looks at an image x and
-answers with one number, the logit, which is large if D takes x for a real image of the
-data set, and small if D takes it for a fake by G. The sigmoid function turns the logit
-into p(x), a probability between 0 and 1.
+answers with one number, the logit, which is above 0 if D takes x for a real image of
+the data set, and below 0 if D takes it for a fake by G. The sigmoid function turns the
+logit into p(x), a probability between 0 and 1. (A logit of 0 becomes 0.5.)
 
          z -----> G -----> fake --+
                                   +--> D --> logit --> p(x) = sigmoid(logit)
@@ -20,43 +20,47 @@ takes for real. Each update makes a loss of its own smaller:
 The natural logarithm is meant: -log p is 0 for p = 1, and grows without limit as p
 comes near 0. Both losses are means over a batch of images.
 
-G never sees a real image. Everything it learns comes through D. A fake is an input of
-D, and backpropagation can compute a gradient for each pixel of an input, just as for
-each weight. This gradient tells whether D's logit would grow if the pixel were
-brighter. A fake is also the output of G, so backpropagation goes on from its pixels to
-the weights of G.
+G never sees a real image. Everything it learns comes through D. Backpropagation can
+compute how D's logit would change if a pixel of the fake were a little brighter, just
+as it computes gradients for weights. This is done for each pixel. And as the fake is
+the output of G, backpropagation then goes on from its pixels to the weights of G.
 
-Why should this end in good images? Suppose that three real images and one fake look so
-much alike that D cannot tell them apart. Then D has to give the same p to all four. Its
-loss for them, -3 log p - log(1 - p), is smallest for p = 3/4. For two real images and
-two fakes, p = 1/2 would be best. So D's logit is large for a kind of image of which
-there are too few fakes, and small for a kind of which there are too many. G changes its
-fakes so that the logit grows, and so they move from the second kind to the first. If in
-the end each kind had as many fakes as real images, D could only guess: p would be 0.5
-for all images, loss_g would be -log 0.5 = 0.69, and loss_d twice that, 1.39.
+Why should this end in good images? Let us call images which D cannot tell apart a kind
+of image. D has to give the same p to all images of a kind. If these are, say, three
+real images and one fake, D's loss is smallest for p = 3/4. (You can try other values in
+-3 log p - log(1 - p).) In general, D's logit is above 0 for a kind with more real
+images than fakes, and below 0 for a kind with more fakes. G changes its fakes so that
+the logit grows. So fakes leave kinds that have too many of them, and move to kinds that
+have too few. If in the end each kind had as many fakes as real images, D could only
+guess: p would be 0.5 for all images, loss_g would be -log 0.5 = 0.69, and loss_d twice
+that, 1.39. In practice D always finds some difference, so loss_d ends a little lower.
 
-In practice D always finds some difference, so loss_d ends a little lower. And two
-things can go wrong:
+All this works only while D keeps up with G, and while its gradient tells G something
+useful. So two things can go wrong:
 
-- Mode collapse: G draws only a few different images, whatever z is. While G learns, D
-  stays as it is, and loss_g is smallest if all fakes become the one image that D likes
-  best. D can only answer later, when it has learned that most images of this kind are
-  fakes.
-- D has won: D recognises all fakes for sure, by some small detail. Its gradient then
-  tells G at most how to change this detail, and nothing about larger faults. loss_d
-  falls towards 0, loss_g grows, and the images stop improving.
+- Mode collapse (a mode is a kind of image): G draws only a few different images,
+  whatever z is. While G learns, D stays as it is, and loss_g is smallest if all fakes
+  become the one image that D likes best. If D keeps up, it soon learns that most images
+  of this kind are fakes, and its gradient moves them away again. If not, all fakes may
+  be alike by then.
+- D has won: D recognises all fakes for sure, by some small detail. D's gradient then
+  tells G how to change this detail, but nothing about larger faults. loss_d falls
+  towards 0, loss_g grows, and the images stop improving.
 
-How do you see whether a run goes well? Look in this order:
+The results of a run are in the folder runs/gan_mnist, or in the one that --out-dir
+names. How do you see whether a run goes well? Look in this order:
 
-1. At the grids, files of 64 fakes each: images/epoch_001.png and so on. They should get
-   better to the end. If one image is there again and again, G has collapsed.
-2. At coverage, which is printed after each epoch: the share of the real images that
-   have a fake close by. It rises from 0 to 0.97, which is also what other real digits
-   would score in place of the fakes. (With --toy it begins to rise after about ten
-   epochs.) If G has collapsed, it stays low. Below 0.2 in the second half of a run, the
-   script adds LOW COVERAGE. But a high coverage does not mean that images are sharp.
-3. At the losses. A loss only tells who is ahead. In a healthy run both soon move
+1. Look at the grids, files of 64 fakes each: images/epoch_001.png and so on. They
+   should get better to the end. If an image is repeated many times, G has collapsed.
+2. Look at coverage, which is printed after each epoch. It is the share of the real
+   images that have a fake close by. In a healthy run it rises from 0 to 0.97. (Other
+   real digits in place of the fakes would also score 0.97.) If G has collapsed, it
+   stays low, and below 0.2 the script warns in the second half of a run. A high
+   coverage does not mean that the images are sharp.
+3. Look at the losses. They only tell who is ahead. In a healthy run both soon move
    little, as both networks improve at the same time.
+
+All images are drawn by an average of G's last versions: see update_average().
 
     python gan_mnist.py --toy --out-dir runs/toy           # 2 to 3 minutes, no download
     python gan_mnist.py                                    # 9 minutes on two CPU cores
@@ -64,9 +68,8 @@ How do you see whether a run goes well? Look in this order:
     python gan_mnist.py --resume --out-dir runs/conv       # go on after Ctrl-C
     python gan_mnist.py --generate 100                     # after the second command
 
-The images are drawn by an average of G's last versions, as update_average() explains.
-This averaged generator is in models/generator.pth. To use it elsewhere, copy this file,
-common.py and generator.pth:
+To use the averaged generator elsewhere, copy this file, common.py and, from the run's
+folder models, generator.pth:
 
     import gan_mnist, torch
     generator = gan_mnist.MLPGenerator(latent_dim=100)  # ConvGenerator for --model conv
@@ -111,8 +114,9 @@ class MLPGenerator(nn.Sequential):
         super().__init__(
             nn.Linear(latent_dim, 256),  # 256
             # BatchNorm brings each of the 256 outputs to mean 0 and variance 1 over the
-            # batch. Then it multiplies each one by a learned weight and adds another.
-            # So it is these two weights alone that decide how large the numbers are.
+            # batch, then multiplies it by one learned weight and adds another. So the
+            # numbers cannot become huge or tiny from layer to layer, which would make
+            # gradients huge or tiny as well.
             nn.BatchNorm1d(256),
             # LeakyReLU has a slope of 0.2 for numbers below 0. ReLU has a slope of 0
             # there, and so it would let no gradient pass.
@@ -134,9 +138,9 @@ class MLPDiscriminator(nn.Sequential):
 
     def __init__(self):
         super().__init__(
-            # In training, dropout sets about a fifth of the pixels to 0 (grey), others
-            # at each call of D. So D cannot recognise fakes by a few pixels, and that
-            # keeps it from winning early.
+            # In training, dropout sets about a fifth of the pixels to 0 (grey). Each
+            # call of D chooses new pixels. So D cannot recognise fakes by a few pixels,
+            # and that keeps it from winning early.
             nn.Dropout(0.2),  # 1 x 28 x 28
             nn.Flatten(),  # 784
             nn.Linear(784, 512),  # 512
@@ -159,8 +163,8 @@ class ConvGenerator(nn.Sequential):
             nn.Unflatten(1, (64, 7, 7)),  # 64 x 7 x 7
             nn.BatchNorm2d(64),
             nn.LeakyReLU(0.2),
-            # With a kernel of 4 x 4, a stride of 2 and a padding of 1, a transposed
-            # convolution doubles height and width.
+            # A transposed convolution is a convolution run backwards: with a kernel of
+            # 4 x 4, a stride of 2 and a padding of 1, it doubles height and width.
             nn.ConvTranspose2d(64, 32, 4, 2, 1),  # 32 x 14 x 14
             nn.BatchNorm2d(32),
             nn.LeakyReLU(0.2),
@@ -174,8 +178,9 @@ class ConvDiscriminator(nn.Sequential):
 
     def __init__(self):
         super().__init__(
-            nn.Dropout(0.5),  # 1 x 28 x 28
-            # With the same numbers, a convolution halves height and width.
+            nn.Dropout(0.5),  # 1 x 28 x 28; 0.5 was found by trying
+            # With this kernel, stride and padding, a convolution halves height and
+            # width.
             nn.Conv2d(1, 16, 4, 2, 1),  # 16 x 14 x 14
             nn.LeakyReLU(0.2),
             nn.Conv2d(16, 32, 4, 2, 1),  # 32 x 7 x 7
@@ -208,15 +213,12 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z):
     fake = generator(z)
 
     # (1) Update D: make loss_d = -log p(real) - log(1 - p(fake)) smaller.
-    #
-    # Why two calls of D, and not one for all images? BatchNorm in D (of --model conv)
-    # uses the mean of the batch. In (2) D is shown a batch of fakes alone. Its answers
-    # there are those that it has learned here only if fakes are by themselves here,
-    # too.
+    # Real images and fakes go through D in batches of their own, as in (2) there will
+    # be fakes only. (In --model conv, D has BatchNorm, which uses the mean of a batch.)
     real_logits = discriminator(real)
     # This update is for D alone, so detach() separates the fakes from G. Without it,
-    # loss_d.backward() would go on into G. There it would also free what G has stored
-    # for backpropagation, and loss_g.backward() below would raise a RuntimeError.
+    # loss_d.backward() would go on through G. What G has stored for backpropagation can
+    # be used only once, so loss_g.backward() below would raise a RuntimeError.
     fake_logits = discriminator(fake.detach())
     # bce(), the binary cross-entropy, takes logits and labels. Where the label is 1 it
     # computes -log p, and where it is 0, -log(1 - p). Then it takes the mean.
@@ -233,10 +235,11 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z):
     discriminator.requires_grad_(False)
     new_fake_logits = discriminator(fake)  # once more, as D has changed in (1)
     # The label is 1, although these are fakes, because bce() then computes -log p. Why
-    # not use log(1 - p), which also falls as p rises? Compare the derivatives with
-    # respect to the logit. That of log(1 - p) is -p, which is almost 0 for a fake that
-    # D recognises: G would learn least from its worst fakes. (This is called
-    # saturation.) That of -log p is p - 1, which is almost -1 for such a fake.
+    # not use log(1 - p), which also falls as p rises? Compare how fast both fall if D's
+    # logit grows. The derivative of log(1 - p) with respect to the logit is -p. For a
+    # fake that D recognises as a fake, this is almost 0: G would learn least from its
+    # worst fakes. (This is called saturation.) The derivative of -log p is p - 1. For
+    # such a fake, this is almost -1.
     loss_g = bce(new_fake_logits, ones)
     opt_g.zero_grad()
     loss_g.backward()
@@ -247,16 +250,18 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z):
 
 
 def update_average(average, generator, step):
-    """Moves each weight of the averaged generator a little towards the generator's.
+    """Moves each weight of the averaged generator towards the generator's.
 
-    G and D react to each other, and so G's weights oscillate around a good place as
-    long as the learning rate is high. Their running average is nearer to that place and
-    gives better images (Yazici et al. 2019). All our images are drawn by this averaged
-    generator. step: the number of updates so far, from 1.
+    G and D react to each other, so G's weights oscillate around a good place. They come
+    to rest only when the learning rate is nearly 0, at the very end. Their running
+    average is nearer to that place and gives better images (Yazici et al. 2019). All
+    our images are drawn by this averaged generator. step: the number of updates so far,
+    from 1.
     """
     # The new average is keep * average + (1 - keep) * generator. At first keep is
     # small, so that the untrained weights are soon forgotten. After 4,500 steps it is
-    # 0.998, and from then on the average spans about the last 500 steps.
+    # 0.998, and from then on the average spans about the last 1 / (1 - 0.998) = 500
+    # steps.
     keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
     for name, value in average.state_dict().items():
@@ -291,15 +296,15 @@ def train_epoch(args, epoch, data, generator, discriminator, average, opt_g, opt
     # that was never stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
     # An epoch shows each image once, or several times if there are so few images that
-    # it would have less than MIN_EPOCH_STEPS updates. For 300 images and 2 repeats,
-    # randperm() shuffles the numbers from 0 to 599. Divided by 300, both 7 and 307
-    # leave the remainder 7, so each image is there twice.
+    # it would have less than MIN_EPOCH_STEPS updates. With --toy there are 6,400 images
+    # and 2 repeats. randperm() shuffles the numbers from 0 to 12,799. Divided by 6,400,
+    # both 7 and 6,407 leave the remainder 7, so image 7 is there twice.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
     total = args.epochs * updates
     step = first = (epoch - 1) * updates
-    sums = Counter()  # sums.update() adds the numbers of a step to the sums so far
+    sums = Counter()  # its update() adds the losses of a step to their sums so far
     for indices in order.split(args.batch_size)[:updates]:
         # The learning rate falls to 0, so that both networks come to rest at the end.
         for opt in opt_d, opt_g:
@@ -388,20 +393,21 @@ def sample(generator, z):
 
 
 def generate(args, device, checkpoint):
-    """Writes args.generate images, a grid of 64 others and a latent walk.
+    """Writes args.generate images, and besides them a grid of 64 and a latent walk.
 
-    Returns the folder of the images. It is named generated, or generated_2 and so on if
-    this run has generated images before.
+    Another --seed gives other images. Returns the folder of the images: it is named
+    generated, or generated_2 and so on if this run has generated images before.
     """
     generator = GENERATORS[args.model](args.latent_dim).to(device)
     generator.load_state_dict(checkpoint["average"])
     torch.manual_seed(args.seed)
     grid = sample(generator, torch.randn(64, args.latent_dim))
 
-    # Each row of the latent walk leads from z1 to z2. In training, each number of z has
-    # the variance 1, and so it should be on the way. z1 and z2 are independent, so a *
-    # z1 + b * z2 has the variance a^2 + b^2. This is 1 if a is a cosine and b a sine.
-    # (Halfway on a straight line, a and b are 1/2, and the variance is only 1/2.)
+    # Each row of the latent walk shows images of vectors a * z1 + b * z2, which lead
+    # from z1 (a is 1, b is 0) to z2 (a is 0, b is 1). G knows only vectors whose
+    # numbers have a variance of 1, as in training. That of a * z1 + b * z2 is a^2 +
+    # b^2, and so a and b are cosine and sine of the same angle. (On a straight line
+    # both would be 1/2 in the middle, and the variance 1/2.)
     z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
     angle = torch.linspace(0, math.pi / 2, 10)[:, None]
     walk = z1 * angle.cos() + z2 * angle.sin()  # 8 rows x 10 columns x latent_dim
