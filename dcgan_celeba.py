@@ -98,14 +98,18 @@ photographs at a higher learning rate: add --lr 0.0016.
 A finished run can be resumed with more --epochs. Its learning rate has fallen to 0, and
 now jumps up again, so the images may get worse for a while.
 
-    python dcgan_celeba.py --batch-size 64                      # CelebA, for a GPU
+    python dcgan_celeba.py --batch-size 64
+        CelebA, on a GPU
     python dcgan_celeba.py --images FOLDER --out-dir runs/large --image-size 128
-    python dcgan_celeba.py --resume --epochs 100 --out-dir runs/mine    # train longer
-    python dcgan_celeba.py --generate 100 --out-dir runs/mine   # after training
-    python dcgan_celeba.py --toy --out-dir runs/faces_toy       # with no download
+        larger images
+    python dcgan_celeba.py --resume --epochs 100 --out-dir runs/mine
+        trains a finished run for longer
+    python dcgan_celeba.py --generate 100 --out-dir runs/mine
+        draws 100 images with a trained generator
+    python dcgan_celeba.py --toy --out-dir runs/faces_toy
+        synthetic faces, with no download
     torchrun --nproc-per-node 2 dcgan_celeba.py --images FOLDER --batch-size 128
-
-The last command is for two GPUs: each of them computes half of every batch.
+        two GPUs: each of them computes half of every batch
 
 To use the averaged generator elsewhere, copy this file, common.py and, from the run's
 folder models, generator.pth:

@@ -86,10 +86,14 @@ with their plain backgrounds, still score 0.96, trucks alone 0.39, and five phot
 over and over 0.02. So late in a run, a low coverage means that something is wrong, but
 a high one means little.
 
-    python dcgan_cifar10.py --epochs 7 --out-dir runs/short             # 10 minutes
-    python dcgan_cifar10.py                                             # 70 minutes
-    python dcgan_cifar10.py --conditional --out-dir runs/cifar_classes  # class by class
-    python dcgan_cifar10.py --toy --out-dir runs/cifar_toy              # no download
+    python dcgan_cifar10.py --epochs 7 --out-dir runs/short
+        10 minutes on two CPU cores
+    python dcgan_cifar10.py
+        50 epochs: 70 minutes
+    python dcgan_cifar10.py --conditional --out-dir runs/cifar_classes
+        learns the classes, and draws one class in each row of the grids: 70 minutes
+    python dcgan_cifar10.py --toy --out-dir runs/cifar_toy
+        coloured letters, with no download
 
 To use the averaged generator elsewhere, copy this file, common.py and, from the run's
 folder models, generator.pth:

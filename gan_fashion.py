@@ -60,12 +60,18 @@ help to understand what happened.
   ratio tells that they are noisy copies. In images/nearest.png you can compare 16 fakes
   with the training images that are nearest to them.
 
-    python gan_fashion.py                                          # healthy, 9 minutes
+    python gan_fashion.py
+        healthy: 9 minutes on two CPU cores
     python gan_fashion.py --g-steps 20 --epochs 2 --out-dir runs/collapsed
+        collapses: 80 seconds
     python gan_fashion.py --beta1 0.9 --lr 0.01 --epochs 2 --out-dir runs/won
+        D wins: 2 minutes
     python gan_fashion.py --limit 30 --batch-size 10 --epochs 45 --out-dir runs/copies
-    python gan_fashion.py --conditional --out-dir runs/classes     # one row per class
-    python gan_fashion.py --toy --out-dir runs/fashion_toy         # with no download
+        copies: 2 minutes
+    python gan_fashion.py --conditional --out-dir runs/classes
+        learns the classes, and draws one class in each row of the grids
+    python gan_fashion.py --toy --out-dir runs/fashion_toy
+        synthetic letters, with no download
 
 To use the averaged generator elsewhere, copy this file, common.py and, from the run's
 folder models, generator.pth:

@@ -62,11 +62,16 @@ names. How do you see whether a run goes well? Look in this order:
 
 All images are drawn by an average of G's last versions: see update_average().
 
-    python gan_mnist.py --toy --out-dir runs/toy           # 2 to 3 minutes, no download
-    python gan_mnist.py                                    # 9 minutes on two CPU cores
-    python gan_mnist.py --model conv --out-dir runs/conv   # 9 minutes
-    python gan_mnist.py --resume --out-dir runs/conv       # go on after Ctrl-C
-    python gan_mnist.py --generate 100                     # after the second command
+    python gan_mnist.py --toy --out-dir runs/toy
+        synthetic digits, with no download: 2 to 3 minutes on two CPU cores
+    python gan_mnist.py
+        MNIST, with fully connected networks: 9 minutes
+    python gan_mnist.py --model conv --out-dir runs/conv
+        MNIST, with convolutional networks: 9 minutes
+    python gan_mnist.py --resume --out-dir runs/conv
+        goes on after Ctrl-C
+    python gan_mnist.py --generate 100
+        draws 100 digits, when the second command is done
 
 To use the averaged generator elsewhere, copy this file, common.py and, from the run's
 folder models, generator.pth:
