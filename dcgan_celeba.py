@@ -1,19 +1,22 @@
 """A DCGAN for a folder of your own images, or for CelebA's photographs of faces.
 
-Read dcgan_cifar10.py first: networks and training follow the same rules. There are no
-labels here, G's layers are wider, and the learning rate (0.0004) and beta1 (0.5) are
-others. All of this was found by trying. New are images of your own, a choice of image
+Read dcgan_cifar10.py first: networks and training follow the same rules. But there are
+no labels here, G's layers are wider, the learning rate is 0.0004, and beta1 is 0.5.
+(The last two were found by trying.) New are images of your own, a choice of image
 sizes, what to do if you have few images, and several GPUs.
 
 Your images should show one kind of thing, framed alike: faces, leaves on white paper,
-houses from the street. Put them into a folder, with subfolders or without, and type:
+houses from the street. (With ten kinds, as in dcgan_cifar10.py, few of the things that
+G drew could be recognised.) 300 images are enough to see something, and more are
+better. Put them into a folder, with subfolders or without, and type:
 
     python dcgan_celeba.py --images FOLDER --out-dir runs/mine
 
-The script decodes all images that Pillow can read (no HEIC), at each start. It takes
-the middle square of each, and scales it to 64 x 64 pixels. Some of these squares are in
-runs/mine/images/real.png: look whether they are what you want. The script leaves out
-damaged images and prints their names.
+The script decodes all images that Pillow can read. (HEIC, the format of iPhones, has to
+be converted first.) It takes the middle square of each image, and scales it to 64 x 64
+pixels. It leaves out damaged images and prints their names. Some of the squares are in
+runs/mine/images/real.png. If they are not what you want, press Ctrl-C, crop your
+images, and start again with another --out-dir.
 
 Each time a square is used, it is mirrored with a chance of one half. If a mirror would
 spoil your images, as with letters, add --no-flip.
@@ -24,38 +27,38 @@ stops the run. To continue it after its last whole epoch, type:
 
     python dcgan_celeba.py --resume --out-dir runs/mine
 
-(A run remembers its flags, and so also the folder of images.)
+(A run remembers its flags, and so also the folder of images. If you have moved the
+folder, add --images with its new place.)
 
 Without --images, the script learns from CelebA's 202,599 photographs. It downloads them
 (1.4 GB) into the folder data, unless they are there already. Keep 6 GB free for the
 archive, its unpacked files and the decoded pixels.
 
-How long does it take? On a CPU, an update with 64 images takes about four times as long
-as one with 16, but does not teach four times as much. So a batch has only 16 images. If
-there are few images, an epoch repeats them until it has at least 100 updates. These
-times are for 64 x 64 pixels on two cores of an Intel Xeon of 2023, with bfloat16, where
-an update takes 0.15 seconds:
+How long does it take? If there are few images, an epoch shows all of them several
+times, so that it has at least 100 updates. These times are for 64 x 64 pixels on two
+cores of an Intel Xeon of 2023, with bfloat16, where an update takes 0.15 seconds:
 
-                  images   updates in an epoch   an epoch takes
-                     100                   100             15 s
-                     300                   112             17 s
-                   1,000                   125             19 s
-                  10,000                   625             94 s
-        CelebA:  202,599                12,662           32 min
+                  images   updates in an epoch   an epoch takes   50 epochs take
+                     100                   100             15 s           13 min
+                     300                   112             17 s           14 min
+                   1,000                   125             19 s           16 min
+                  10,000                   625             94 s           78 min
+        CelebA:  202,599                12,662           32 min         26 hours
 
-A GPU computes many images at once, and batches of 16 waste its time: for 512 images an
-NVIDIA H200 needed only 1.5 times the time of 64 (with an earlier version of this
-script). So add --batch-size 64 or more there.
+A batch has only 16 images. On a CPU, an update with 64 images takes about four times as
+long, but does not teach four times as much. A GPU computes many images at once, so add
+--batch-size 64 or more there. (On an NVIDIA H200, an update with 512 images took only
+1.5 times as long as one with 64, with an earlier version of this script.)
 
 What do the numbers mean, without test images? Coverage and the copy ratio are measured
 with your training images. To save time, images are compared as thumbnails of 8 x 8
 pixels.
 
-- Coverage is the share of your images that have a fake close by. (If there are more
-  than 1,000, it is measured with 1,000 of them, and with fewer at larger image sizes.)
-  As in gan_mnist.py, other real images would score about 0.97. A low coverage means
-  that the fakes are not as different from each other as your images are. A high one
-  proves little: copies of all your images would score high, too.
+- Coverage is the share of your images that have a fake close by. (At 64 x 64 pixels at
+  most 1,000 of your images are used for it, and fewer at larger sizes.) As in
+  gan_mnist.py, other real images would score about 0.97. A low coverage means that the
+  fakes are not as different from each other as your images are. A high one proves
+  little: copies of all your images would score high, too.
 - The copy ratio is printed at the end. First we measure how far each fake is from the
   training image that is nearest to it, and take the median. Then we do the same for
   real images and their nearest other training image. The copy ratio is the first median
@@ -63,37 +66,40 @@ pixels.
   above 1, they do not even resemble your images. The grid images/nearest.png shows
   eight fakes above their nearest training images, and, after a white row, eight real
   images above theirs.
-- Thumbnails do not show whether fakes are sharp. Early fakes are like fog, in which no
-  face can be seen yet. Fog is smooth even in a thumbnail, and so it is close to many
-  images: coverage is high, and the copy ratio low. So both count only once the fakes
-  are sharp.
-- In the first epochs D is often far ahead. A fool rate of 0.00 and a loss_g of 3 to 7
-  are no reason to stop then.
-- With a few hundred images, D soon knows them all by heart, and the losses look as if D
-  had won: loss_d comes near 0, as in the first line below. Look at the grids: as long
-  as they get better, train on.
+- Thumbnails do not show whether fakes are sharp. Early fakes look like faces in fog.
+  Fog has little contrast, and so it is not far from any image. Then coverage is high
+  and the copy ratio low, although nothing is copied. So trust both numbers only once
+  the fakes are sharp.
+- In the first epochs D is often far ahead, with a fool rate of 0.00 and a loss_g of 3
+  to 7. This is no reason to stop.
+- With a few hundred images, D soon knows them all by heart, and loss_d comes near 0, as
+  in the first line below. The losses then look as if D had won. Look at the grids: as
+  long as they get better, train on.
 
                                    loss_d  loss_g  coverage  copy ratio
     300 photographs, 50 epochs       0.11    3.19      0.98        1.02
     23,707 photographs, 6 epochs     0.86    1.21      0.92        1.06
 
-(They are cropped photographs of faces, and not those of CelebA.)
+(They are cropped photographs of faces, and not those of CelebA. In gan_fashion.py, G
+copied when there were only 30 images. With 300 photographs it did not.)
 
-With the 300 photographs, many faces looked cleaner after 15 epochs than after 50. If
-this happens to you, repeat the run. Press Ctrl-C as soon as the line of epoch 15 is
-printed. Then the folder models holds the networks of this epoch. A second command
-trains no further, but writes the copy ratio and images/nearest.png:
+With the 300 photographs, many faces looked cleaner after 15 epochs than after 50. So
+look through the grids of your run. If an early one is the best, say epoch_015.png,
+start the first command below. Stop it by Ctrl-C when the line of epoch 15 is printed,
+as the folder models always holds the networks of the last whole epoch. The second
+command trains no further, but prints the copy ratio and writes images/nearest.png:
 
     python dcgan_celeba.py --images FOLDER --out-dir runs/best
     python dcgan_celeba.py --resume --epochs 15 --out-dir runs/best
 
-(The first command has no --epochs 15, because the learning rate would fall to 0 faster.
-With our photographs this left more speckles.)
+(Why has the first command no --epochs 15? With it, the learning rate would be 0 after
+15 epochs. In a run of 50 epochs it is still at 70 % of its first value there, so the
+networks have learned more. With our photographs the shorter run left more noise.)
 
-A larger --image-size adds blocks to both networks: one for 128, two for 256. Each
-doubling makes four times as many pixels, and an update takes about four times as long.
-A size of 32 takes a block away. Its layers are narrower, and learned better from 300
-photographs at a higher learning rate: add --lr 0.0016.
+A larger --image-size adds blocks of layers to both networks: one for 128, two for 256.
+Each doubling makes four times as many pixels, and an update takes about four times as
+long. For a size of 32 there is one block less, and all layers are narrower. Such
+networks learned better from 300 photographs at a higher learning rate: add --lr 0.0016.
 
 A finished run can be resumed with more --epochs. Its learning rate has fallen to 0, and
 now jumps up again, so the images may get worse for a while.
@@ -166,8 +172,9 @@ class Generator(nn.Sequential):
     """
 
     def __init__(self, latent_dim=100, size=64):
-        # Each block doubles height and width and halves the channels. For a size of 128
-        # there is one block more, and the first layer has twice as many channels.
+        # The comments are for a size of 64. The first layer makes 4 x 4 pixels. Then
+        # each block of layers doubles height and width, and halves the channels, until
+        # there are 64 channels at half of the size. A size of 128 needs one block more.
         channels = 8 * size
         layers = [nn.ConvTranspose2d(latent_dim, channels, 4)]  # 512 x 4 x 4
         while channels > 64:  # 256 x 8 x 8, then 128 x 16 x 16, then 64 x 32 x 32
@@ -196,7 +203,9 @@ class Discriminator(nn.Sequential):
     """
 
     def __init__(self, size=64):
-        channels = 48  # three quarters of those of G, to save time
+        # At half of the size there are 48 channels, where G has 64. Each block halves
+        # height and width, and doubles the channels, until there are 4 x 4 pixels.
+        channels = 48
         layers = [nn.Conv2d(3, 48, 4, 2, 1), nn.LeakyReLU(0.2)]  # 48 x 32 x 32
         while channels < 6 * size:  # 96 x 16 x 16, then 192 x 8 x 8, then 384 x 4 x 4
             layers += [
@@ -226,7 +235,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16):
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
 
     # (1) Update D: make loss_d = -log p(real) - log(1 - p(fake)) smaller.
-    with autocast:  # in here, convolutions use bfloat16 if bf16, and losses float32
+    with autocast:  # convolutions use bfloat16 if bf16 is True, and losses float32
         fake = generator(z)
         real_logits = discriminator(real)
         fake_logits = discriminator(fake.detach())
@@ -236,6 +245,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16):
     opt_d.zero_grad()
     loss_d.backward()
     if r1:
+        # Adds the gradients of a second loss to those of loss_d.
         r1_penalty(discriminator, real).backward()
     opt_d.step()
 
@@ -380,8 +390,8 @@ def train_epoch(
         # The learning rate falls to 0, so that both networks come to rest at the end.
         for opt in opt_d, opt_g:
             opt.param_groups[0]["lr"] = args.lr * (1 - step / total)
-        # From [0, 255] to [-1, 1]. contiguous() undoes channels last, in which images
-        # are decoded: train() says why.
+        # From [0, 255] to [-1, 1]. Images are decoded in the order of channels last.
+        # contiguous() undoes this for Apple's GPUs: train() says why.
         real = data[indices[mine]].contiguous().to(device) / 127.5 - 1
         if args.flip:
             # Half of the images are mirrored: more variety for D to learn from.
@@ -436,10 +446,10 @@ def train(args, device, bf16, data, checkpoint):
     if checkpoint:
         for name in run:
             run[name].load_state_dict(checkpoint[name])
-        # Adam keeps means of gradients and of their squares. They have to lie in memory
-        # in the order of their weights, or Adam would mix them up. If the run began on
-        # another device, they may not. Adding them to zeros that lie in the order of
-        # the weights gives them this order.
+        # For each weight Adam remembers two numbers, means of its gradient and of the
+        # gradient's square. These have to lie in memory in the same order as the
+        # weights. If the run began on an Apple GPU, without channels last, they do not.
+        # So they are added to zeros which do.
         for opt in opt_g, opt_d:
             for weight, moments in opt.state.items():
                 for name in "exp_avg", "exp_avg_sq":
@@ -450,7 +460,7 @@ def train(args, device, bf16, data, checkpoint):
     # All grids are drawn from the same latent vectors, so that they can be compared.
     # There are 1,000 at a size of 64, and fewer of larger images, to save memory.
     fixed_z = torch.randn(64_000 // args.image_size, args.latent_dim)
-    # Coverage compares real images with as many fakes.
+    # Coverage compares `count` real images with as many fakes.
     count = min(len(data), len(fixed_z))
     real_images = data[torch.randperm(len(data))[:count]] / 127.5 - 1
     fixed_z = fixed_z[: max(count, 200)]  # the grid needs 64, and the copy ratio 200
@@ -526,6 +536,7 @@ def generate(args, device, checkpoint):
         suffix = f"_{number}"
     folder = f"{args.out_dir}/generated{suffix}"
     os.mkdir(folder)
+    # One at a time, as many large images would take too much memory.
     for i, z in enumerate(torch.randn(args.generate, 1, args.latent_dim)):
         image = ((sample(generator, z)[0] + 1) * 127.5).round().byte()
         ToPILImage()(image).save(f"{folder}/{i:05d}.png")

@@ -8,40 +8,38 @@ Before that paper, convolutional GANs were hard to train. Its authors found netw
 that train more stably. Here are their rules. In the code, a comment names each rule
 where it first occurs.
 
-Rule 1. Strides, no pooling. A pooling layer halves height and width in a fixed way. A
-    convolution with a stride of 2 halves them, too, and a transposed convolution with a
-    stride of 2 doubles them, but both learn how to do it.
-Rule 2. No hidden dense layers. Most weights of D in gan_fashion.py are in its first
-    dense layer, which has separate weights for each place in the image. A convolution
-    uses the same few weights everywhere: what it learns in one corner of an image, it
-    can use in all others. (Only two convolutions are as good as dense: G's first one
-    begins with a single pixel, and D's last one ends with a single pixel.)
+Rule 1. Strides instead of pooling. A pooling layer halves height and width in a fixed
+    way. In D, convolutions with a stride of 2 halve them, and learn how to do it. In G,
+    transposed convolutions with a stride of 2 double them.
+Rule 2. No hidden fully connected layers. Such a layer has separate weights for each
+    place in the image. A convolution uses the same few weights everywhere: what it
+    learns in one corner of an image, it can use in all others. (G's first layer and D's
+    last one are convolutions only in name. They begin or end with a single pixel, so
+    they do the same as a fully connected layer.)
 Rule 3. BatchNorm in both networks. It keeps the numbers in all layers at one scale, so
     that gradients neither vanish nor explode on their way through many layers. The
     paper leaves it out of G's last layer and of D's first one, because training was
-    unstable with it there. We also leave it out of D's last layer: D sees real images
-    and fakes in separate batches, and BatchNorm gives every batch the same mean, so the
-    mean logit of the fakes would always equal that of the real images. (In the layers
-    between, BatchNorm hides the mean, too. But the next layers see all the rest.)
+    unstable with it there. We also leave it out of D's last layer. There it would give
+    all batches of logits the same mean. D sees real images and fakes in separate
+    batches, so it could never say that a whole batch is fake.
 Rule 4. ReLU in G, with tanh at its end, as pixels lie in [-1, 1]. LeakyReLU in D: its
     slope is nowhere 0, so that gradients get through D to G. (In G both work: in
     gan_mnist.py and gan_fashion.py G has LeakyReLU.)
 Rule 5. Small random weights at the start, with a standard deviation of 0.02. With them
-    the last layer of G gives numbers near 0. So its first images are nearly grey, and
-    tanh is steep, which lets gradients through.
+    the numbers that go into G's tanh are near 0 at first. So the first images are
+    nearly grey. Near 0 tanh is steep, and lets gradients through.
 Rule 6. Adam with a learning rate of 0.0002, and with little momentum: a beta1 of 0.5
     instead of the usual 0.9. Momentum pushes on in the direction of old gradients,
     although the other network has changed since.
 
 Where we differ from the paper:
 
-- Both networks learn ten times as fast, with a learning rate of 0.002, and without any
-  momentum (beta1 is 0). We think that this works because R1 keeps D from getting far
-  ahead. We also tried the paper's way, with its learning rate and its beta1, and
-  without R1 (--lr 2e-4 --beta1 0.5, and R1_WEIGHT = 0 in the code below). After 7
-  epochs D was far ahead: loss_d was 0.26 instead of 1.20. More of the shapes in the
-  grid were torn. (As we changed all three at once, this does not tell which of them
-  matters most.)
+- There is R1, the learning rate is ten times as high, 0.002, and there is no momentum
+  (beta1 is 0). We also tried the paper's way: --lr 2e-4 --beta1 0.5, and R1_WEIGHT = 0
+  in the code below. After 7 epochs D was far ahead, with a loss_d of 0.26 instead of
+  1.20, and more of the shapes in the grid were torn. We changed three things at once
+  there, so this does not tell which of them matters most. We think that it is R1, as
+  it keeps D from getting far ahead.
 - Layers have 48 to 192 channels, not 128 to 1024, and kernels of 4 x 4, not 5 x 5, so
   that a laptop can train them. Batches have 64 images, not 128.
 - The learning rate falls to 0, images are mirrored at random, and all grids are drawn
@@ -53,17 +51,21 @@ What makes it fast? All times here were measured on two cores of an Intel Xeon o
 
 - Channels last. Usually the numbers of an image lie in memory channel after channel:
   first all of its red, then all of its green, then all of its blue. With channels last,
-  all channels of a pixel lie side by side. A convolution needs all channels of a pixel
-  together, and now it can read them in one piece. The results are the same, apart from
-  rounding. An update is 1.15 times as fast.
-- bfloat16, a number format of 16 bits. It has the range of the usual float32, but keeps
-  only two to three decimal digits. Within autocast (mixed precision), PyTorch computes
-  convolutions in bfloat16. This moves half as many bytes, and newer processors have
-  special units for it. The weights themselves, and what Adam remembers, stay in
-  float32, because small changes would be lost by rounding. An update is 1.35 times as
-  fast, and with both, 1.5 times. bfloat16 is the default on CPUs that have such units,
-  if PyTorch is 2.11 or newer. --no-bf16 turns it off. Many GPUs can use it, too, but we
-  have not measured that: try --bf16.
+  all channels of a pixel lie side by side. (Within the networks there are up to 192
+  channels.) A convolution needs all channels of a pixel together, and now it can read
+  them in one piece. The results are the same, apart from rounding. An update is 1.15
+  times as fast.
+- bfloat16, a number format of 16 bits. Its numbers can be as large or as small as those
+  of the usual float32, but have only two to three significant digits. In a block of
+  code that begins with autocast, PyTorch computes convolutions in bfloat16. (This is
+  called mixed precision.) Then only half as much has to be read from memory, and newer
+  processors have special units for bfloat16. The weights themselves, and what Adam
+  remembers, stay in float32, because small changes would be lost by rounding. An update
+  is 1.35 times as fast with bfloat16, and 1.5 times with channels last as well.
+
+bfloat16 is the default on CPUs that have such units, if PyTorch is 2.11 or newer.
+--no-bf16 turns it off. Many GPUs can use it, too, but we have not measured that: try
+--bf16.
 
 What to expect from a healthy run, at its last epoch:
 
@@ -73,18 +75,19 @@ What to expect from a healthy run, at its last epoch:
     50 epochs, --conditional     0.86    1.13      0.94      0.95       0.05      0.96
 
 After 50 epochs D is nearly always on the right side of p = 0.5, but it is not sure: a
-loss_d of 0.91 means that p is about 0.63 for real images and 0.37 for fakes. So its
-logit still changes with each fake, and G goes on learning. From afar the images look
-like photographs, with natural colours, but without --conditional few objects in them
-can be recognised. With it, many horses, cars and ships can be, and some birds.
+loss_d of 0.91 means that p is about 0.63 for real images and 0.37 for fakes. So D has
+not won. At first sight the images look like photographs, with natural colours, but
+without --conditional few objects in them can be recognised. With it, many horses, cars
+and ships can be, and some birds.
 
 Coverage, measured with 1,000 training images here, does not tell whether objects can be
 recognised. It compares images pixel by pixel, and what counts most then is which large
 areas are bright and which are dark. So 0.94 after 50 epochs is not worse than 0.97
-after 7, as the grids show. For scale: other real photographs score 0.98; birds alone,
-with their plain backgrounds, still score 0.96, trucks alone 0.39, and five photographs
-over and over 0.02. So late in a run, a low coverage means that something is wrong, but
-a high one means little.
+after 7, as the grids show. To see what the numbers mean, we put real photographs in
+place of the fakes. Photographs of all classes score 0.98. Photographs of birds alone,
+many of them before a plain background, still score 0.96. Photographs of trucks alone
+score 0.39, and the same five photographs, many times each, score 0.02. So late in a
+run, a low coverage means that something is wrong, but a high one means little.
 
     python dcgan_cifar10.py --epochs 7 --out-dir runs/short
         10 minutes on two CPU cores
@@ -142,8 +145,9 @@ class Generator(nn.Sequential):
 
     def __init__(self, latent_dim=100):
         super().__init__(
-            # z and the class come as an image of one pixel, with latent_dim + 10
-            # channels, and the first layer makes 4 x 4 pixels of it (rule 2).
+            # Rule 2: no fully connected layer. z and the class come as an image of one
+            # pixel, with latent_dim + 10 channels. With a stride of 1 and no padding,
+            # a transposed convolution makes one pixel as large as its kernel, 4 x 4.
             nn.ConvTranspose2d(latent_dim + 10, 192, 4),  # 192 x 4 x 4
             nn.BatchNorm2d(192),  # rule 3
             nn.ReLU(),  # rule 4
@@ -199,7 +203,7 @@ def train_step(generator, discriminator, opt_g, opt_d, real, labels, z, r1, bf16
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
 
     # (1) Update D: make loss_d = -log p(real) - log(1 - p(fake)) smaller.
-    with autocast:  # in here, convolutions use bfloat16 if bf16, and losses float32
+    with autocast:  # convolutions use bfloat16 if bf16 is True, and losses float32
         fake = generator(z, labels)
         real_logits = discriminator(real, labels)
         fake_logits = discriminator(fake.detach(), labels)
@@ -290,9 +294,9 @@ def train_epoch(
     # that was never stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
     # An epoch shows each image once, or several times if there are so few images that
-    # it would have less than MIN_EPOCH_STEPS updates. For 3,200 images there are 2
-    # repeats. randperm() shuffles the numbers from 0 to 6,399. Divided by 3,200, both 7
-    # and 3,207 leave the remainder 7, so image 7 is there twice.
+    # it would have less than MIN_EPOCH_STEPS updates. With --toy there are 6,000 images
+    # and 2 repeats. randperm() shuffles the numbers from 0 to 11,999. Divided by 6,000,
+    # both 7 and 6,007 leave the remainder 7, so image 7 is there twice.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
@@ -356,10 +360,10 @@ def train(args, device, bf16, data, labels, checkpoint):
     if checkpoint:
         for name in run:
             run[name].load_state_dict(checkpoint[name])
-        # Adam keeps means of gradients and of their squares. They have to lie in memory
-        # in the order of their weights, or Adam would mix them up. If the run began on
-        # another device, they may not. Adding them to zeros that lie in the order of
-        # the weights gives them this order.
+        # For each weight Adam remembers two numbers, means of its gradient and of the
+        # gradient's square. These have to lie in memory in the same order as the
+        # weights. If the run began on an Apple GPU, without channels last, they do not.
+        # So they are added to zeros which do.
         for opt in opt_g, opt_d:
             for weight, moments in opt.state.items():
                 for name in "exp_avg", "exp_avg_sq":
@@ -478,7 +482,7 @@ def draw_letters(count):
     font = ImageFont.load_default(24)
     images = []
     for i in range(count):
-        ink = f"hsl({torch.randint(360, ())}, 80%, 75%)"  # light, and the paper dark:
+        ink = f"hsl({torch.randint(360, ())}, 80%, 75%)"  # light, on dark paper
         image = Image.new("RGB", (40, 40), f"hsl({torch.randint(360, ())}, 80%, 25%)")
         ImageDraw.Draw(image).text((20, 20), LETTERS[i % 10], ink, font, anchor="mm")
         images.append(PILToTensor()(RandomCrop(32)(image)))
