@@ -254,8 +254,8 @@ def update_average(average, generator, step):
     """Moves each weight of the averaged generator towards the generator's."""
     # The new average is keep * average + (1 - keep) * generator. At first keep is
     # small, so that the untrained weights are soon forgotten. After 4,500 steps it is
-    # 0.998, and from then on the average spans about the last 1 / (1 - 0.998) = 500
-    # steps.
+    # 0.998, and from then on the average spans about the last 500 steps, which is
+    # 1 / (1 - 0.998).
     keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
     for name, value in average.state_dict().items():
@@ -273,8 +273,8 @@ def coverage(real, fake):
     real = real.flatten(1)
     # The 6th smallest distance, as the smallest is from an image to itself.
     radius = torch.cdist(real, real).kthvalue(6).values  # one for each real image
-    nearest_fake = torch.cdist(real, fake.flatten(1)).amin(1)  # its distance
-    return (nearest_fake < radius).float().mean().item()
+    distance_of_fake = torch.cdist(real, fake.flatten(1)).amin(1)  # of the nearest
+    return (distance_of_fake < radius).float().mean().item()
 
 
 def nearest(images, training):
@@ -320,10 +320,11 @@ def train_epoch(
     # With this seed, a resumed run draws the same random numbers in this epoch as a run
     # that was never stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
-    # An epoch shows each image once, or several times if there are so few images that
-    # it would have less than MIN_EPOCH_STEPS updates. For 3,200 images there are 2
-    # repeats. randperm() shuffles the numbers from 0 to 6,399. Divided by 3,200, both 7
-    # and 3,207 leave the remainder 7, so image 7 is there twice.
+    # `order` is a shuffled list of the indices of images. An epoch shows each image
+    # once, or several times if there are so few images that it would have less than
+    # MIN_EPOCH_STEPS updates. For 3,200 images there are 2 repeats. randperm() shuffles
+    # the numbers from 0 to 6,399. Divided by 3,200, both 7 and 3,207 leave the
+    # remainder 7, so image 7 is there twice.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out

@@ -25,27 +25,31 @@ compute how D's logit would change if a pixel of the fake were a little brighter
 as it computes gradients for weights. This is done for each pixel. And as the fake is
 the output of G, backpropagation then goes on from its pixels to the weights of G.
 
-Why should this end in good images? Let us call images which D cannot tell apart a kind
-of image. D has to give the same p to all images of a kind. If these are, say, three
-real images and one fake, D's loss is smallest for p = 3/4. (You can try other values in
--3 log p - log(1 - p).) In general, D's logit is above 0 for a kind with more real
-images than fakes, and below 0 for a kind with more fakes. G changes its fakes so that
-the logit grows. So fakes leave kinds that have too many of them, and move to kinds that
-have too few. If in the end each kind had as many fakes as real images, D could only
-guess: p would be 0.5 for all images, loss_g would be -log 0.5 = 0.69, and loss_d twice
-that, 1.39. In practice D always finds some difference, so loss_d ends a little lower.
+Why should this end in good images? D cannot notice every difference. Let us put all
+images that look the same to D into a group, and call it a kind of image. D gives the
+same p to all images of a kind. If these are, say, three real images and one fake, D's
+loss is smallest for p = 3/4. (You can try other values in -3 log p - log(1 - p).) In
+general, D's logit is above 0 for a kind with more real images than fakes, and below 0
+for a kind with more fakes. G changes its fakes so that the logit grows. So fakes leave
+kinds that have too many of them, and move to kinds that have too few. (This is
+simplified. In truth the logit changes smoothly from one kind to the next, and its
+gradient points the way.) If in the end each kind had as many fakes as real images, D
+could only guess: p would be 0.5 for all images, loss_g would be -log 0.5 = 0.69, and
+loss_d twice that, 1.39. In practice D always finds some difference, so loss_d ends a
+little lower, and loss_g a little higher.
 
-All this works only while D keeps up with G, and while its gradient tells G something
-useful. So two things can go wrong:
+All this works only while D's gradient tells G something useful, and while D learns fast
+enough to follow G. So two things can go wrong:
 
-- Mode collapse (a mode is a kind of image): G draws only a few different images,
-  whatever z is. While G learns, D stays as it is, and loss_g is smallest if all fakes
-  become the one image that D likes best. If D keeps up, it soon learns that most images
-  of this kind are fakes, and its gradient moves them away again. If not, all fakes may
-  be alike by then.
-- D has won: D recognises all fakes for sure, by some small detail. D's gradient then
-  tells G how to change this detail, but nothing about larger faults. loss_d falls
-  towards 0, loss_g grows, and the images stop improving.
+- Mode collapse: G draws only a few different images, whatever z is. In an update of G,
+  D's weights stay as they are, and loss_g would be smallest if all fakes became the one
+  image that D likes best. Usually D learns in its next updates that most of such images
+  are fakes. If it learns this too slowly, all fakes have become alike by then. ("Mode"
+  is another word for a kind of image.)
+- D has won: D recognises all fakes for sure, by some small detail, such as a background
+  that is not quite black. D's gradient then tells G how to change this detail, but
+  nothing about larger faults. loss_d falls towards 0, loss_g grows, and the images stop
+  improving.
 
 The results of a run are in the folder runs/gan_mnist, or in the one that --out-dir
 names. How do you see whether a run goes well? Look in this order:
@@ -53,14 +57,16 @@ names. How do you see whether a run goes well? Look in this order:
 1. Look at the grids, files of 64 fakes each: images/epoch_001.png and so on. They
    should get better to the end. If an image is repeated many times, G has collapsed.
 2. Look at coverage, which is printed after each epoch. It is the share of the real
-   images that have a fake close by. In a healthy run it rises from 0 to 0.97. (Other
-   real digits in place of the fakes would also score 0.97.) If G has collapsed, it
-   stays low, and below 0.2 the script warns in the second half of a run. A high
-   coverage does not mean that the images are sharp.
-3. Look at the losses. They only tell who is ahead. In a healthy run both soon move
-   little, as both networks improve at the same time.
+   images that have a fake close by. In a healthy run it rises from 0 to about 0.97,
+   which other real digits in place of the fakes would also score. If G has collapsed,
+   coverage stays low. If it is below 0.2 in the second half of a run, the script warns.
+   A high coverage does not mean that the images are sharp.
+3. Look at the losses. They only tell who is ahead: if D is, loss_d is small and loss_g
+   large. In a healthy run both soon move little, as both networks improve at the same
+   time.
 
-All images are drawn by an average of G's last versions: see update_average().
+All images are drawn by a generator whose weights are averages of G's weights in the
+last updates: see update_average().
 
     python gan_mnist.py --toy --out-dir runs/toy
         synthetic digits, with no download: 2 to 3 minutes on two CPU cores
@@ -71,7 +77,7 @@ All images are drawn by an average of G's last versions: see update_average().
     python gan_mnist.py --resume --out-dir runs/conv
         goes on after Ctrl-C
     python gan_mnist.py --generate 100
-        draws 100 digits, when the second command is done
+        draws 100 digits, after the second command
 
 To use the averaged generator elsewhere, copy this file, common.py and, from the run's
 folder models, generator.pth:
@@ -124,7 +130,7 @@ class MLPGenerator(nn.Sequential):
             # gradients huge or tiny as well.
             nn.BatchNorm1d(256),
             # LeakyReLU has a slope of 0.2 for numbers below 0. ReLU has a slope of 0
-            # there, and so it would let no gradient pass.
+            # there, and so lets no gradient pass.
             nn.LeakyReLU(0.2),
             nn.Linear(256, 512),  # 512
             nn.BatchNorm1d(512),
@@ -168,8 +174,9 @@ class ConvGenerator(nn.Sequential):
             nn.Unflatten(1, (64, 7, 7)),  # 64 x 7 x 7
             nn.BatchNorm2d(64),
             nn.LeakyReLU(0.2),
-            # A transposed convolution is a convolution run backwards: with a kernel of
-            # 4 x 4, a stride of 2 and a padding of 1, it doubles height and width.
+            # In a transposed convolution, each input number adds a patch to the output,
+            # which is the kernel times this number. With a kernel of 4 x 4, a stride of
+            # 2 and a padding of 1, height and width are doubled.
             nn.ConvTranspose2d(64, 32, 4, 2, 1),  # 32 x 14 x 14
             nn.BatchNorm2d(32),
             nn.LeakyReLU(0.2),
@@ -218,8 +225,10 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z):
     fake = generator(z)
 
     # (1) Update D: make loss_d = -log p(real) - log(1 - p(fake)) smaller.
-    # Real images and fakes go through D in batches of their own, as in (2) there will
-    # be fakes only. (In --model conv, D has BatchNorm, which uses the mean of a batch.)
+    #
+    # Real images and fakes go through D in two separate batches. This matters for
+    # --model conv, whose D has BatchNorm, which uses the mean of a batch. In (2) D will
+    # be shown a batch of fakes, so it should learn from such batches.
     real_logits = discriminator(real)
     # This update is for D alone, so detach() separates the fakes from G. Without it,
     # loss_d.backward() would go on through G. What G has stored for backpropagation can
@@ -239,12 +248,12 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z):
     # but none are computed for D's own weights, which saves time.
     discriminator.requires_grad_(False)
     new_fake_logits = discriminator(fake)  # once more, as D has changed in (1)
-    # The label is 1, although these are fakes, because bce() then computes -log p. Why
-    # not use log(1 - p), which also falls as p rises? Compare how fast both fall if D's
-    # logit grows. The derivative of log(1 - p) with respect to the logit is -p. For a
-    # fake that D recognises as a fake, this is almost 0: G would learn least from its
-    # worst fakes. (This is called saturation.) The derivative of -log p is p - 1. For
-    # such a fake, this is almost -1.
+    # We want -log p(fake), and bce() computes it for the label 1. So the label is 1,
+    # although these are fakes. Why not use log(1 - p), which also falls as p rises?
+    # Compare how fast both fall if D's logit grows. The derivative of log(1 - p) with
+    # respect to the logit is -p. For a fake that D recognises as a fake, this is almost
+    # 0: G would learn least from its worst fakes. (This is called saturation.) The
+    # derivative of -log p is p - 1. For such a fake, this is almost -1.
     loss_g = bce(new_fake_logits, ones)
     opt_g.zero_grad()
     loss_g.backward()
@@ -257,16 +266,16 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z):
 def update_average(average, generator, step):
     """Moves each weight of the averaged generator towards the generator's.
 
-    G and D react to each other, so G's weights oscillate around a good place. They come
-    to rest only when the learning rate is nearly 0, at the very end. Their running
-    average is nearer to that place and gives better images (Yazici et al. 2019). All
-    our images are drawn by this averaged generator. step: the number of updates so far,
-    from 1.
+    G and D react to each other, so G's weights do not settle, but oscillate around good
+    values. The average of the weights of many updates is nearer to these values, and
+    gives better images (Yazici et al. 2019). All our images are drawn by this averaged
+    generator. It helps to the end of a run: the learning rate falls to 0 there, but too
+    late for the weights to settle. step: the number of updates so far, from 1.
     """
     # The new average is keep * average + (1 - keep) * generator. At first keep is
     # small, so that the untrained weights are soon forgotten. After 4,500 steps it is
-    # 0.998, and from then on the average spans about the last 1 / (1 - 0.998) = 500
-    # steps.
+    # 0.998, and from then on the average spans about the last 500 steps, which is
+    # 1 / (1 - 0.998).
     keep = min(0.998, step / (step + 9))
     new = generator.state_dict()
     for name, value in average.state_dict().items():
@@ -287,8 +296,8 @@ def coverage(real, fake):
     real = real.flatten(1)
     # The 6th smallest distance, as the smallest is from an image to itself.
     radius = torch.cdist(real, real).kthvalue(6).values  # one for each real image
-    nearest_fake = torch.cdist(real, fake.flatten(1)).amin(1)  # its distance
-    return (nearest_fake < radius).float().mean().item()
+    distance_of_fake = torch.cdist(real, fake.flatten(1)).amin(1)  # of the nearest
+    return (distance_of_fake < radius).float().mean().item()
 
 
 MIN_EPOCH_STEPS = 100
@@ -300,10 +309,11 @@ def train_epoch(args, epoch, data, generator, discriminator, average, opt_g, opt
     # With this seed, a resumed run draws the same random numbers in this epoch as a run
     # that was never stopped.
     torch.manual_seed(args.seed * 10_000 + epoch)
-    # An epoch shows each image once, or several times if there are so few images that
-    # it would have less than MIN_EPOCH_STEPS updates. With --toy there are 6,400 images
-    # and 2 repeats. randperm() shuffles the numbers from 0 to 12,799. Divided by 6,400,
-    # both 7 and 6,407 leave the remainder 7, so image 7 is there twice.
+    # `order` is a shuffled list of the indices of images. An epoch shows each image
+    # once, or several times if there are so few images that it would have less than
+    # MIN_EPOCH_STEPS updates. With --toy there are 6,400 images and 2 repeats.
+    # randperm() shuffles the numbers from 0 to 12,799. Divided by 6,400, both 7 and
+    # 6,407 leave the remainder 7, so image 7 is there twice.
     repeats = math.ceil(MIN_EPOCH_STEPS * args.batch_size / len(data))
     order = torch.randperm(repeats * len(data), device=data.device) % len(data)
     updates = len(order) // args.batch_size  # a last, shorter batch is left out
@@ -339,10 +349,10 @@ def train(args, device, data, checkpoint):
     generator = GENERATORS[args.model](args.latent_dim).apply(init_weights).to(device)
     discriminator = DISCRIMINATORS[args.model]().apply(init_weights).to(device)
     average = copy.deepcopy(generator)
-    # Adam steps along a mean of past gradients, its momentum. With the usual beta1 of
-    # 0.9 the mean spans about ten updates. But the other network has changed since
-    # then, so old gradients mislead, and beta1 is 0.5 or 0 here. (fused=True saves
-    # time.)
+    # Adam steps along a mean of past gradients, its momentum. beta1 is the share of the
+    # old mean that is kept at each update. With the usual beta1 of 0.9, the mean spans
+    # about ten updates. But the other network has changed since then, so old gradients
+    # mislead, and beta1 is 0.5 or 0 here. (fused=True saves time.)
     opt_g, opt_d = (
         Adam(network.parameters(), args.lr, (args.beta1, 0.999), fused=True)
         for network in (generator, discriminator)
@@ -409,12 +419,13 @@ def generate(args, device, checkpoint):
     grid = sample(generator, torch.randn(64, args.latent_dim))
 
     # Each row of the latent walk shows images of vectors a * z1 + b * z2, which lead
-    # from z1 (a is 1, b is 0) to z2 (a is 0, b is 1). G knows only vectors whose
-    # numbers have a variance of 1, as in training. That of a * z1 + b * z2 is a^2 +
-    # b^2, and so a and b are cosine and sine of the same angle. (On a straight line
-    # both would be 1/2 in the middle, and the variance 1/2.)
-    z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
-    angle = torch.linspace(0, math.pi / 2, 10)[:, None]
+    # from z1 (a is 1, b is 0) to z2 (a is 0, b is 1). In training, the numbers of z
+    # have a variance of 1. Those of z1 and z2 are independent, so the numbers between
+    # them have a variance of a^2 + b^2. This should be 1, too, so a is the cosine of an
+    # angle and b its sine. (In the middle of a straight line a and b would be 1/2, and
+    # the variance only 1/2.)
+    z1, z2 = torch.randn(2, 8, 1, args.latent_dim)  # 8 rows x 1 x latent_dim
+    angle = torch.linspace(0, math.pi / 2, 10)[:, None]  # 10 columns x 1
     walk = z1 * angle.cos() + z2 * angle.sin()  # 8 rows x 10 columns x latent_dim
     walk = sample(generator, walk.flatten(0, 1))
 
