@@ -273,7 +273,7 @@ R1_WEIGHT = 0.05 * R1_INTERVAL  # 16 times as large, to make up for it
 
 
 def r1_penalty(discriminator, real):
-    """Returns R1_WEIGHT times the mean squared length of the gradient of D's logit.
+    """Returns R1, a second loss for D, for real images.
 
     It is explained in gan_fashion.py. As there, it is computed for half of the batch,
     which saves time. It is computed in float32, also with bf16.

@@ -241,10 +241,10 @@ R1_WEIGHT = 0.05 * R1_INTERVAL  # 16 times as large, to make up for it
 
 
 def r1_penalty(discriminator, real, labels):
-    """Returns R1_WEIGHT times the mean squared length of the gradient of D's logit.
+    """Returns R1, a second loss for D, for real images.
 
     It is explained in gan_fashion.py. As there, it is computed for half of the batch,
-    which saves time. The weight of 0.05 was found by trying, and gan_fashion.py has
+    which saves time. The factor of 0.05 was found by trying, and gan_fashion.py has
     0.25. R1 is computed outside of autocast, and so in float32: bfloat16 is too coarse
     for the gradient of a gradient.
     """
@@ -419,10 +419,10 @@ LETTERS = "AHIMOTUVWX"  # the classes of --toy; a mirror does not change them
 def generate(args, device, checkpoint):
     """Writes args.generate images, and besides them a grid and a latent walk.
 
-    With --conditional the images are of each class in turn, in a folder for each class,
-    and a row of the grid or of the walk is of one class. Another --seed gives other
-    images. Returns the folder of the images: it is named generated, or generated_2 and
-    so on if this run has generated images before.
+    With --conditional, image 0 is of class 0, image 1 of class 1 and so on, each class
+    has its own folder, and each row of the grid and of the walk shows one class.
+    Another --seed gives other images. Returns the folder of the images: it is named
+    generated, or generated_2 and so on if this run has generated images before.
     """
     generator = Generator(args.latent_dim).to(device)
     generator.load_state_dict(checkpoint["average"])

@@ -1,10 +1,10 @@
-"""A GAN that draws clothes, how to watch the game, and how to keep it even.
+"""A GAN that draws clothes (Fashion-MNIST), and how to tell whether training goes well.
 
 Read gan_mnist.py first: the networks resemble its convolutional pair. New here are:
 
 - numbers that tell how far D is ahead, and whether G copies its training images;
-- R1, a second loss of D, which keeps its gradient useful. The docstring of r1_penalty
-  explains it. R1 also holds D back, so D has no dropout here;
+- R1, a second loss of D, with which D's gradient stays useful to G. The docstring of
+  r1_penalty explains it. R1 also holds D back, so D has no dropout here;
 - images of a class that you choose (--conditional).
 
 The new numbers of the printed line are about D's decisions. D takes an image for real
@@ -15,16 +15,18 @@ if p is above 0.5, that is, if its logit is above 0.
 - fool_rate is the share of the same fakes that D takes for real after its update. If it
   is 0.00, D is far ahead.
 
-Test images are real images on which neither network is trained. Coverage is measured
-with 1,000 of them here. As before, it is the share of them that have a fake close by,
-compared pixel by pixel. 1,000 training images in place of the fakes score 0.98.
+Test images are real images on which neither network is trained. Coverage is the share
+of 1,000 test images that have a fake close by. (In gan_mnist.py it is measured with
+training images, and copies of them would score high.) Values differ by a hundredth or
+two from run to run. 1,000 training images in place of the fakes score 0.98.
 
 At the end of a run the copy ratio is printed. It tells whether G just copies. First we
 measure how far each fake is from the training image that is nearest to it, and take the
 median. Then we do the same with test images in place of the fakes. The copy ratio is
 the first median divided by the second. If it is near 1, fakes differ from the training
-images as much as test images do. Exact copies would give 0, and noisy copies give more.
-(A median does not notice if only a few fakes are copies.)
+images as much as test images do. Exact copies would give 0, and noisy copies a value
+between 0 and 1. If it is well above 1, the fakes do not even resemble clothes. (A
+median does not notice if only a few fakes are copies.)
 
 Here are the numbers of the last epoch of a healthy run, and of three runs that went
 wrong on purpose. The first five are means over the epoch. Coverage and the copy ratio
@@ -44,21 +46,22 @@ help to understand what happened.
   closer to 1.39, where D only guesses, than to 0. A fool rate of 0.15 is no bad sign. A
   fake need not fool D to be useful: what G learns from is how D's logit changes when
   the pixels of the fake change.
-- Collapsed: D learns only once while G learns 20 times. Meanwhile G moves all its
-  images to whatever D likes at that moment. The grid repeats a few smudges, and
-  coverage is 0.11. (After 2 epochs with --g-steps 1 it is 0.98.) The losses do not show
-  the failure: they are those of a D that only guesses, and a perfect game would end in
-  the same way. The accuracies do not show it, either. D has learned so little that it
-  gives all images a p near 0.5, and to most a p a little below. So it calls nearly all
-  of them fakes. This alone makes acc_real low and acc_fake high.
+- Collapsed: with --g-steps 20, D learns only once while G learns 20 times. Meanwhile G
+  moves all its images to whatever D likes at that moment. The grid repeats a few
+  smudges, and coverage is 0.11. (A healthy run has 0.98 after as many epochs.) The
+  losses do not show the failure: they are those of a D that only guesses, and a perfect
+  game would end in the same way. The accuracies look strange, but for another reason. D
+  has learned so little that p is nearly the same for all images, real or fake, and a
+  little below 0.5. So nearly all of them count as fakes. If p were a little above 0.5,
+  nearly all would count as real.
 - D has won: D is right about nearly all images, and sure of it. The grid shows blots,
   and coverage is near 0. We brought this about by --beta1 0.9, which means more
   momentum (see train in gan_mnist.py), and by a learning rate of 0.01 instead of 0.002.
 - Copies: there are only 30 training images, and D knows them by heart. So its logit is
-  high only at these 30, and its gradient leads G to them, although G never sees them.
-  The first five numbers look as if D had won. But the grid shows clothes, and the copy
-  ratio tells that they are noisy copies. In images/nearest.png you can compare 16 fakes
-  with the training images that are nearest to them.
+  high only near these 30, and its gradient leads each fake to one of them, although G
+  never sees them. The first five numbers look as if D had won. But the grid shows
+  clothes, and the copy ratio tells that they are noisy copies. In images/nearest.png
+  you can compare 16 fakes with the training images that are nearest to them.
 
     python gan_fashion.py
         healthy: 9 minutes on two CPU cores
@@ -121,7 +124,7 @@ class Generator(nn.Sequential):
 
     def __init__(self, latent_dim=100):
         super().__init__(
-            nn.Linear(latent_dim + 10, 512),  # 512
+            nn.Linear(latent_dim + 10, 512),  # 512; for the 10, see forward()
             nn.BatchNorm1d(512),
             nn.LeakyReLU(0.2),
             nn.Linear(512, 3136),  # 3136
@@ -136,7 +139,8 @@ class Generator(nn.Sequential):
         )
 
     def forward(self, z, labels):
-        # G gets the class as ten more numbers: a 1 in the place of the label, else 0.
+        # G gets ten more numbers for the class: the one in the place of the label is 1,
+        # and the others are 0. Without --conditional the label is always 0.
         classes = nn.functional.one_hot(labels, 10)
         return super().forward(torch.cat([z, classes], 1))
 
@@ -160,9 +164,9 @@ class Discriminator(nn.Sequential):
     def forward(self, x, labels):
         # D has ten logits for each image, and gather() keeps only that of its label. So
         # logit k learns from real images of class k, and from fakes that G drew for
-        # label k. Class 3 is dresses. If G draws a boot for label 3, logit 3 becomes
-        # low for this boot, as none of the real images of class 3 is a boot. (Without
-        # --conditional all labels are 0, and only logit 0 is used.)
+        # label k. Class 3 has the dresses. If G draws a boot for label 3, logit 3
+        # becomes low for this boot, as none of the real images of class 3 is a boot.
+        # (Without --conditional all labels are 0, and only logit 0 is used.)
         return super().forward(x).gather(1, labels[:, None])
 
 
@@ -214,12 +218,13 @@ R1_WEIGHT = 0.25 * R1_INTERVAL  # 16 times as large, to make up for it
 
 
 def r1_penalty(discriminator, real, labels):
-    """Returns R1_WEIGHT times the mean squared length of the gradient of D's logit.
+    """Returns R1, a second loss for D (Mescheder et al. 2018), for real images.
 
-    R1 (Mescheder et al. 2018) is a second loss for D. Take a real image. For each pixel
-    we ask how D's logit would change if this pixel changed a little. We square these
-    numbers and add them. R1 is the mean of this sum over real images, times a weight.
-    It is large if small changes of real images change D's logit much.
+    It is large if small changes of real images change D's logit much. Take a real
+    image. For each pixel we ask how the logit would change if this pixel changed a
+    little. These numbers are the logit's gradient with respect to the pixels, and the
+    sum of their squares is its squared length. R1 is the mean of this sum over real
+    images, times R1_WEIGHT.
 
     Why does this help G? Without R1, D can tell fakes from real images by fine patterns
     of pixels that nobody would see: a tiny change of such a pattern makes D sure. Then
@@ -236,7 +241,7 @@ def r1_penalty(discriminator, real, labels):
 
     R1 takes time, because a gradient has to be differentiated once more. So it is
     computed for half of the batch only, and at every 16th update of D (lazy
-    regularization, Karras et al. 2020). The weight of 0.25 was found by trying.
+    regularization, Karras et al. 2020). The factor of 0.25 was found by trying.
     """
     half = len(real) // 2
     real = real[:half].requires_grad_()  # so that gradients for pixels can be computed
@@ -298,12 +303,13 @@ def show_nearest(fakes, held_out, training, path):
     """Saves a grid of five rows: 16 fakes, their nearest training images, a gap, 16
     held-out real images, and their nearest training images.
 
-    Even a new image resembles its nearest training image. So compare the two upper rows
-    with the two lower ones. If the upper two are much more alike, G copies.
+    Even a new image resembles its nearest training image. So look how much the first
+    row resembles the second one, and then how much the last but one resembles the last.
+    If the first two rows are much more alike, G copies.
     """
     rows = []
     for images in (fakes, held_out):
-        images = images[:: len(images) // 16][:16]
+        images = images[:: len(images) // 16][:16]  # from all of the list
         found = training[nearest(images, training).indices]
         rows += [images, found, torch.ones_like(images)]  # a white row as a gap
     save_grid(torch.cat(rows[:-1]), path, columns=16)
@@ -385,7 +391,8 @@ def train(args, device, data, labels, held_out, checkpoint):
     save_checkpoint(args, run, history)  # if this is impossible, we know it now
 
     # All grids are drawn from the same latent vectors and the same labels. The labels
-    # are ten times 0, ten times 1 and so on. Without --conditional all are 0.
+    # are ten times 0, ten times 1 and so on up to 9, and then from 0 again. Without
+    # --conditional all are 0.
     classes = 10 if args.conditional else 1
     fixed_z = torch.randn(1000, args.latent_dim)
     fixed_labels = torch.arange(1000) // 10 % classes
@@ -437,10 +444,10 @@ CLASSES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".sp
 def generate(args, device, checkpoint):
     """Writes args.generate images, and besides them a grid and a latent walk.
 
-    With --conditional the images are of each class in turn, in a folder for each class,
-    and a row of the grid or of the walk is of one class. Another --seed gives other
-    images. Returns the folder of the images: it is named generated, or generated_2 and
-    so on if this run has generated images before.
+    With --conditional, image 0 is of class 0, image 1 of class 1 and so on, each class
+    has its own folder, and each row of the grid and of the walk shows one class.
+    Another --seed gives other images. Returns the folder of the images: it is named
+    generated, or generated_2 and so on if this run has generated images before.
     """
     generator = Generator(args.latent_dim).to(device)
     generator.load_state_dict(checkpoint["average"])
