@@ -602,7 +602,7 @@ def show_progress(step, total, speed):
     """Rewrites the last line of a terminal. speed: updates per second."""
     if sys.stdout.isatty():
         say(
-            f"step {step}/{total}  {speed:.1f} steps/s  "
+            f"update {step}/{total}  {speed:.1f} updates/s  "
             f"{(total - step) / speed:.0f} s left   ",
             end="\r",
         )
@@ -635,7 +635,10 @@ def parse_args(**settings):
     flag("--conditional", action="store_true", help="show G and D an image's class")
     flag("--epochs", type=positive, help="of at least 100 updates each (50; toy 12)")
     flag(
-        "--batch-size", type=positive, default=64, help="images per step (%(default)s)"
+        "--batch-size",
+        type=positive,
+        default=64,
+        help="images per update (%(default)s)",
     )
     flag("--lr", type=float, default=2e-3, help="first learning rate (%(default)s)")
     flag("--beta1", type=float, default=0.0, help="Adam's beta1 (%(default)s)")

@@ -627,7 +627,7 @@ def show_progress(step, total, speed):
     """Rewrites the last line of a terminal. speed: updates per second."""
     if sys.stdout.isatty():
         say(
-            f"step {step}/{total}  {speed:.1f} steps/s  "
+            f"update {step}/{total}  {speed:.1f} updates/s  "
             f"{(total - step) / speed:.0f} s left   ",
             end="\r",
         )
@@ -666,7 +666,10 @@ def parse_args(**settings):
         help="of at least 100 updates each (%(default)s)",
     )
     flag(
-        "--batch-size", type=positive, default=64, help="images per step (%(default)s)"
+        "--batch-size",
+        type=positive,
+        default=64,
+        help="images per update (%(default)s)",
     )
     flag("--lr", type=float, default=2e-3, help="first learning rate (%(default)s)")
     flag("--beta1", type=float, default=0.0, help="Adam's beta1 (%(default)s)")

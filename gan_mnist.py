@@ -582,7 +582,7 @@ def show_progress(step, total, speed):
     """Rewrites the last line of a terminal. speed: updates per second."""
     if sys.stdout.isatty():
         say(
-            f"step {step}/{total}  {speed:.1f} steps/s  "
+            f"update {step}/{total}  {speed:.1f} updates/s  "
             f"{(total - step) / speed:.0f} s left   ",
             end="\r",
         )
@@ -613,7 +613,10 @@ def parse_args(**settings):
     flag("--model", choices=GENERATORS, default="mlp", help="networks (%(default)s)")
     flag("--epochs", type=positive, help="passes over the data (mlp 50, conv 16)")
     flag(
-        "--batch-size", type=positive, default=128, help="images per step (%(default)s)"
+        "--batch-size",
+        type=positive,
+        default=128,
+        help="images per update (%(default)s)",
     )
     flag("--lr", type=float, help="first learning rate (mlp 0.002, conv 0.008)")
     flag("--beta1", type=float, help="Adam's beta1 (mlp 0.5, conv 0)")
