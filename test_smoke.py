@@ -596,7 +596,7 @@ class Bf16Tests:
             self.out = self.folder / name
             assert f" in {name}" in self.train(flag)
             weights.append(load(self.out / "models" / "generator.pth")["0.weight"])
-        assert 0 < (weights[0] - weights[1]).abs().max() < 0.05
+        assert 0 < (weights[0] - weights[1]).abs().mean() < 0.01
         assert weights[0].is_contiguous(memory_format=torch.channels_last)
 
     def test_adam_goes_on_where_memory_is_laid_out_differently(self):
