@@ -245,7 +245,9 @@ def train_step(generator, discriminator, opt_g, opt_d, real, z, r1, bf16):
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
 
     # (1) Update D: make loss_d = -log p(real) - log(1 - p(fake)) smaller.
-    with autocast:  # convolutions use bfloat16 if bf16 is True, and losses float32
+    # If bf16 is True, convolutions in this block use bfloat16, and losses float32.
+    # backward() stays outside: it uses for each layer the format that was used here.
+    with autocast:
         fake = generator(z)
         real_logits = discriminator(real)
         fake_logits = discriminator(fake.detach())
@@ -460,8 +462,9 @@ def train(args, device, bf16, data, checkpoint):
             run[name].load_state_dict(checkpoint[name])
         # For each weight Adam remembers two numbers, means of its gradient and of the
         # gradient's square. These have to lie in memory in the same order as the
-        # weights. If the run began on an Apple GPU, without channels last, they do not.
-        # So they are added to zeros which do.
+        # weights, or Adam would use those of another weight. If the run began on an
+        # Apple GPU, without channels last, they do not. So they are added to zeros that
+        # are laid out like the weights: the sum has the same values, in this order.
         for opt in opt_g, opt_d:
             for weight, moments in opt.state.items():
                 for name in "exp_avg", "exp_avg_sq":

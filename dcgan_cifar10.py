@@ -2,7 +2,7 @@
 
 Read gan_mnist.py and gan_fashion.py first: they explain the game, labels, R1 and the
 numbers of the printed line. New here are the rules of the DCGAN paper (Radford et al.
-2015), and what makes training fast.
+2015), some of which you have seen there already, and what makes training fast.
 
 Before that paper, convolutional GANs were hard to train. Its authors found networks
 that train more stably. Here are their rules. In the code, a comment names each rule
@@ -76,18 +76,20 @@ What to expect from a healthy run, at its last epoch:
 
 After 50 epochs D is nearly always on the right side of p = 0.5, but it is not sure: a
 loss_d of 0.91 means that p is about 0.63 for real images and 0.37 for fakes. So D has
-not won. At first sight the images look like photographs, with natural colours, but
-without --conditional few objects in them can be recognised. With it, many horses, cars
-and ships can be, and some birds.
+not won. With --conditional D is wrong a little more often, but loss_d is lower, so D
+must be surer where it is right. At first sight the images look like photographs, with
+natural colours, but without --conditional few objects in them can be recognised. With
+it, many horses, cars and ships can be, and some birds.
 
-Coverage, measured with 1,000 training images here, does not tell whether objects can be
-recognised. It compares images pixel by pixel, and what counts most then is which large
-areas are bright and which are dark. So 0.94 after 50 epochs is not worse than 0.97
-after 7, as the grids show. To see what the numbers mean, we put real photographs in
-place of the fakes. Photographs of all classes score 0.98. Photographs of birds alone,
-many of them before a plain background, still score 0.96. Photographs of trucks alone
-score 0.39, and the same five photographs, many times each, score 0.02. So late in a
-run, a low coverage means that something is wrong, but a high one means little.
+Coverage, measured with 1,000 training images again, does not tell whether objects can
+be recognised. It compares images pixel by pixel, and what counts most then is which
+large areas are bright and which are dark. After 50 epochs the images are clearly better
+than after 7, although 0.94 is a little less than 0.97. To see what the numbers mean, we
+put real photographs in place of the fakes. Photographs of all classes score 0.98.
+Photographs of birds alone still score 0.96: many have a plain background, and an image
+with little contrast is close to many others. Photographs of trucks alone, with strong
+contrasts, score 0.39. The same five photographs, many times each, score 0.02. So late
+in a run, a low coverage means that something is wrong, but a high one means little.
 
     python dcgan_cifar10.py --epochs 7 --out-dir runs/short
         10 minutes on two CPU cores
@@ -145,9 +147,9 @@ class Generator(nn.Sequential):
 
     def __init__(self, latent_dim=100):
         super().__init__(
-            # Rule 2: no fully connected layer. z and the class come as an image of one
-            # pixel, with latent_dim + 10 channels. With a stride of 1 and no padding,
-            # a transposed convolution makes one pixel as large as its kernel, 4 x 4.
+            # Rule 2: z and the class come as an image of one pixel, with latent_dim +
+            # 10 channels. A transposed convolution with a stride of 1 and no padding
+            # (the defaults) makes one pixel as large as the kernel, 4 x 4.
             nn.ConvTranspose2d(latent_dim + 10, 192, 4),  # 192 x 4 x 4
             nn.BatchNorm2d(192),  # rule 3
             nn.ReLU(),  # rule 4
@@ -165,6 +167,7 @@ class Generator(nn.Sequential):
     def forward(self, z, labels):
         # As in gan_fashion.py, ten more numbers: a 1 in the place of the label, else 0.
         classes = nn.functional.one_hot(labels, 10)
+        # [:, :, None, None] makes images of one pixel, N x (latent_dim + 10) x 1 x 1.
         return super().forward(torch.cat([z, classes], 1)[:, :, None, None])
 
 
@@ -203,7 +206,9 @@ def train_step(generator, discriminator, opt_g, opt_d, real, labels, z, r1, bf16
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
 
     # (1) Update D: make loss_d = -log p(real) - log(1 - p(fake)) smaller.
-    with autocast:  # convolutions use bfloat16 if bf16 is True, and losses float32
+    # If bf16 is True, convolutions in this block use bfloat16, and losses float32.
+    # backward() stays outside: it uses for each layer the format that was used here.
+    with autocast:
         fake = generator(z, labels)
         real_logits = discriminator(real, labels)
         fake_logits = discriminator(fake.detach(), labels)
@@ -244,9 +249,9 @@ def r1_penalty(discriminator, real, labels):
     """Returns R1, a second loss for D, for real images.
 
     It is explained in gan_fashion.py. As there, it is computed for half of the batch,
-    which saves time. The factor of 0.05 was found by trying, and gan_fashion.py has
-    0.25. R1 is computed outside of autocast, and so in float32: bfloat16 is too coarse
-    for the gradient of a gradient.
+    which saves time. The factor, 0.05 here and 0.25 there, was found by trying. R1 is
+    computed outside of autocast, and so in float32: bfloat16 is too coarse for the
+    gradient of a gradient.
     """
     half = len(real) // 2
     real = real[:half].requires_grad_()
@@ -363,8 +368,9 @@ def train(args, device, bf16, data, labels, checkpoint):
             run[name].load_state_dict(checkpoint[name])
         # For each weight Adam remembers two numbers, means of its gradient and of the
         # gradient's square. These have to lie in memory in the same order as the
-        # weights. If the run began on an Apple GPU, without channels last, they do not.
-        # So they are added to zeros which do.
+        # weights, or Adam would use those of another weight. If the run began on an
+        # Apple GPU, without channels last, they do not. So they are added to zeros that
+        # are laid out like the weights: the sum has the same values, in this order.
         for opt in opt_g, opt_d:
             for weight, moments in opt.state.items():
                 for name in "exp_avg", "exp_avg_sq":
