@@ -21,9 +21,9 @@ images, and start again with another --out-dir.
 Each time a square is used, it is mirrored with a chance of one half. If a mirror would
 spoil your images, as with letters, add --no-flip.
 
-After 20 updates the script prints how long an epoch and the whole run of 50 epochs will
-take. The grids of generated images are in runs/mine/images, one for each epoch. Ctrl-C
-stops the run. To continue it after its last whole epoch, type:
+After its first 20 updates a run prints how long an epoch and all 50 epochs will take.
+The grids of generated images are in runs/mine/images, one for each epoch. Ctrl-C stops
+the run. To continue it after its last whole epoch, type:
 
     python dcgan_celeba.py --resume --out-dir runs/mine
 
@@ -68,8 +68,8 @@ pixels.
   their nearest training images, and, after a white row, eight real images above theirs.
 - Thumbnails do not show whether fakes are sharp. Early fakes look like faces in fog. In
   fog all pixels have a medium brightness, so it is not very far from any image. Then
-  coverage is high and the copy ratio low, although nothing is copied. So trust both
-  numbers only once the fakes are sharp.
+  coverage is high, and the copy ratio may be low, although nothing is copied, or near
+  1. So trust both numbers only once the fakes are sharp.
 - In the first epochs D is often far ahead, with a fool rate of 0.00 and a loss_g of 3
   to 7. This is no reason to stop.
 
@@ -775,7 +775,9 @@ def load_checkpoint(path):
             f"{path} is missing, damaged or not from this script ({error!r:.300}). "
             "Train first, or set --out-dir to the folder of a run."
         )
-    say(f"This run has done {len(checkpoint['history'])} of {args.epochs} epochs.")
+    say(
+        f"This run has done {len(checkpoint['history'])} epochs; {args.epochs} are wanted."
+    )
     return checkpoint, args
 
 
@@ -998,8 +1000,8 @@ def main():
         size = args.batch_size
         if size % PROCESSES or not 2 * PROCESSES <= size <= len(data):
             sys.exit(
-                f"--batch-size {size} does not fit {len(data)} images: a "
-                "batch can have from 2 images up to all, and as many for each GPU."
+                f"--batch-size {size} does not fit {len(data)} images: a batch can "
+                "have 2 images up to all. (Several GPUs need 2 each, and equal parts.)"
             )
         bf16 = has_bfloat16(device) if args.bf16 is None else args.bf16
         say(

@@ -530,7 +530,9 @@ def load_checkpoint(path):
             f"{path} is missing, damaged or not from this script ({error!r:.300}). "
             "Train first, or set --out-dir to the folder of a run."
         )
-    say(f"This run has done {len(checkpoint['history'])} of {args.epochs} epochs.")
+    say(
+        f"This run has done {len(checkpoint['history'])} epochs; {args.epochs} are wanted."
+    )
     return checkpoint, args
 
 

@@ -39,7 +39,7 @@ loss_d twice that, 1.39. In practice D always finds some difference, so loss_d e
 little lower, and loss_g a little higher.
 
 All this works only while D's gradient tells G something useful, and while D learns fast
-enough to follow G. So two things can go wrong:
+enough to follow G. So two things can go wrong. (gan_fashion.py shows a third, copies.)
 
 - Mode collapse: G draws only a few different images, whatever z is. In an update of G,
   D's weights stay as they are, and loss_g would be smallest if all fakes became the one
@@ -435,8 +435,8 @@ def generate(args, device, checkpoint):
         number += 1
         suffix = f"_{number}"
     folder = f"{args.out_dir}/generated{suffix}"
-    os.mkdir(folder)
     images = sample(generator, torch.randn(args.generate, args.latent_dim))
+    os.mkdir(folder)
     for i, image in enumerate(((images + 1) * 127.5).round().byte()):
         ToPILImage()(image).save(f"{folder}/{i:05d}.png")
     save_grid(grid, f"{args.out_dir}/generated_grid{suffix}.png")
@@ -511,7 +511,9 @@ def load_checkpoint(path):
             f"{path} is missing, damaged or not from this script ({error!r:.300}). "
             "Train first, or set --out-dir to the folder of a run."
         )
-    say(f"This run has done {len(checkpoint['history'])} of {args.epochs} epochs.")
+    say(
+        f"This run has done {len(checkpoint['history'])} epochs; {args.epochs} are wanted."
+    )
     return checkpoint, args
 
 

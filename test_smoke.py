@@ -422,7 +422,7 @@ class Script:
             text = call(self.module, *flags, code=1)
         assert all(words in text for words in ("no run", "Warning", str(self.out)))
         assert (self.out / "progress.gif").exists()
-        assert re.search("has done 1 of 2 (.*\n)*epoch 2/2 ", self.resume())
+        assert re.search("done 1 epochs; 2 are(.*\n)*epoch 2/2 ", self.resume())
         for name in self.files.split()[:5]:
             expected = (self.runs / variant / name).read_bytes()
             assert (self.out / name).read_bytes() == expected
@@ -430,7 +430,7 @@ class Script:
     def test_resume_takes_flags_from_the_run_unless_they_are_given_anew(self):
         path = self.copy_run()
         text = self.resume("--epochs 3 --lr 1e-4 --limit 20")
-        assert "has done 2 of 3" in text and "epoch 3/3" in text
+        assert "done 2 epochs; 3 are" in text and "epoch 3/3" in text
         checkpoint = load(path)
         settings = checkpoint["settings"]
         assert (settings["lr"], settings["batch_size"]) == (1e-4, 8)
