@@ -550,7 +550,7 @@ def load_checkpoint(path):
             "Train first, or set --out-dir to the folder of a run."
         )
     say(
-        f"This run has done {len(checkpoint['history'])} epochs; {args.epochs} are wanted."
+        f"The run has done {len(checkpoint['history'])} epochs; {args.epochs} are wanted."
     )
     return checkpoint, args
 
