@@ -549,9 +549,7 @@ def load_checkpoint(path):
             f"{path} is missing, damaged or not from this script ({error!r:.300}). "
             "Train first, or set --out-dir to the folder of a run."
         )
-    say(
-        f"The run has done {len(checkpoint['history'])} epochs; {args.epochs} are wanted."
-    )
+    say(f"The run has done {len(checkpoint['history'])} epochs; {args.epochs} are due.")
     return checkpoint, args
 
 
