@@ -44,8 +44,8 @@ enough to follow G. So two things can go wrong. (gan_fashion.py shows a third, c
 - Mode collapse: G draws only a few different images, whatever z is. In an update of G,
   D's weights stay as they are, and loss_g would be smallest if all fakes became the one
   image that D likes best. Usually D learns in its next updates that most of such images
-  are fakes. If it learns this too slowly, all fakes have become alike by then. ("Mode"
-  is another word for a kind of image.)
+  are fakes. If D learns this too slowly, G has time to make all its fakes alike before
+  D reacts. ("Mode" is another word for a kind of image.)
 - D has won: D recognises all fakes for sure, by some small detail, such as a background
   that is not quite black. D's gradient then tells G how to change this detail, but
   nothing about larger faults. loss_d falls towards 0, loss_g grows, and the images stop
