@@ -68,15 +68,16 @@ pixels.
   their nearest training images, and, after a white row, eight real images above theirs.
 - Thumbnails do not show whether fakes are sharp. Early fakes look like faces in fog. In
   fog all pixels have a medium brightness, so it is not very far from any image. Then
-  coverage is high, and the copy ratio may be low, although nothing is copied, or near
-  1. So trust both numbers only once the fakes are sharp.
+  coverage is high, and the copy ratio means nothing: it was 0.7 after 2 epochs, and
+  0.98 after 4. So trust both numbers only once the fakes are sharp.
 - In the first epochs D is often far ahead, with a fool rate of 0.00 and a loss_g of 3
   to 7. This is no reason to stop.
 
-What is different with few images, say 100 to 1,000? Remove those that are there twice,
-or nearly so, as they would spoil the copy ratio. D soon knows all images by heart, and
-loss_d comes near 0, as in the first line below. The losses then look as if D had won.
-Look at the grids: as long as they get better, train on.
+What is different with few images, say 100 to 1,000? Of those that are nearly the same,
+such as photographs of a series, keep one, or the copy ratio would be spoiled. D soon
+knows all images by heart, and loss_d comes near 0, as in the first line below. The
+losses then look as if D had won. Look at the grids: as long as they get better, train
+on.
 
                                    loss_d  loss_g  coverage  copy ratio
     300 photographs, 50 epochs       0.11    3.19      0.98        1.02
@@ -400,7 +401,7 @@ def train_epoch(
     mine = slice(RANK, None, PROCESSES)
     sums = Counter()  # sums.update() adds the numbers of a step to the sums so far
     for indices in order.split(args.batch_size)[:updates]:
-        # The learning rate falls to 0, so that both networks come to rest at the end.
+        # The learning rate falls to 0, so that both networks change less and less.
         for opt in opt_d, opt_g:
             opt.param_groups[0]["lr"] = args.lr * (1 - step / total)
         # From [0, 255] to [-1, 1]. Decoded images are channels last, with which
@@ -539,8 +540,8 @@ def generate(args, device, checkpoint):
     grid = sample(generator, torch.randn(64, args.latent_dim))
 
     # As in gan_mnist.py, each row of the latent walk leads from z1 to z2.
-    z1, z2 = torch.randn(2, 8, 1, args.latent_dim)
-    angle = torch.linspace(0, math.pi / 2, 8)[:, None]
+    z1, z2 = torch.randn(2, 8, 1, args.latent_dim)  # 8 rows x 1 x latent_dim
+    angle = torch.linspace(0, math.pi / 2, 8)[:, None]  # 8 columns x 1
     walk = z1 * angle.cos() + z2 * angle.sin()  # 8 rows x 8 columns x latent_dim
     walk = sample(generator, walk.flatten(0, 1))
 

@@ -310,7 +310,7 @@ def train_epoch(
     step = first = (epoch - 1) * updates
     sums = Counter()  # sums.update() adds the numbers of a step to the sums so far
     for indices in order.split(args.batch_size)[:updates]:
-        # The learning rate falls to 0, so that both networks come to rest at the end.
+        # The learning rate falls to 0, so that both networks change less and less.
         for opt in opt_d, opt_g:
             opt.param_groups[0]["lr"] = args.lr * (1 - step / total)
         real = data[indices] / 127.5 - 1  # from [0, 255] to [-1, 1], as fakes are
@@ -439,8 +439,8 @@ def generate(args, device, checkpoint):
 
     # As in gan_mnist.py, each row of the latent walk leads from z1 to z2. With
     # --conditional, each row is of another class.
-    z1, z2 = torch.randn(2, 10, 1, args.latent_dim)
-    angle = torch.linspace(0, math.pi / 2, 8)[:, None]
+    z1, z2 = torch.randn(2, 10, 1, args.latent_dim)  # 10 rows x 1 x latent_dim
+    angle = torch.linspace(0, math.pi / 2, 8)[:, None]  # 8 columns x 1
     walk = z1 * angle.cos() + z2 * angle.sin()  # 10 rows x 8 columns x latent_dim
     walk = sample(generator, walk.flatten(0, 1), row_labels)
 

@@ -269,7 +269,7 @@ def update_average(average, generator, step):
     G and D react to each other, so G's weights do not settle, but oscillate around good
     values. The average of the weights of many updates is nearer to these values, and
     gives better images (Yazici et al. 2019). All our images are drawn by this averaged
-    generator. It helps to the end of a run: the learning rate falls to 0 there, but too
+    generator. It helps at the end of a run, too: the learning rate falls to 0, but too
     late for the weights to settle. step: the number of updates so far, from 1.
     """
     # The new average is keep * average + (1 - keep) * generator. At first keep is
@@ -321,7 +321,7 @@ def train_epoch(args, epoch, data, generator, discriminator, average, opt_g, opt
     step = first = (epoch - 1) * updates
     sums = Counter()  # its update() adds the losses of a step to their sums so far
     for indices in order.split(args.batch_size)[:updates]:
-        # The learning rate falls to 0, so that both networks come to rest at the end.
+        # The learning rate falls to 0, so that both networks change less and less.
         for opt in opt_d, opt_g:
             opt.param_groups[0]["lr"] = args.lr * (1 - step / total)
         real = data[indices] / 127.5 - 1  # from [0, 255] to [-1, 1], as fakes are
